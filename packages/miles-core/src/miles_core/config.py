@@ -8,7 +8,7 @@ import difflib
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, cast
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
@@ -36,9 +36,10 @@ class HookSpec(Section):
 def _hook(value: Any) -> Any:
     if isinstance(value, str):
         return {"name": value}
-    if isinstance(value, Mapping) and "name" in value:
-        return {"name": value["name"], "params": {key: item for key, item in value.items() if key != "name"}}  # pyright: ignore[reportUnknownVariableType]
-    return value
+    if isinstance(value, dict) and "name" in value:
+        table = cast("dict[str, Any]", value)
+        return {"name": table["name"], "params": {key: item for key, item in table.items() if key != "name"}}
+    return cast("Any", value)
 
 
 Hook = Annotated[HookSpec, BeforeValidator(_hook)]
@@ -50,7 +51,6 @@ class ModelSection(Section):
     Attributes:
         path: the directory.
         source: code that makes the directory at `path` when it is not there: `source(path, **params)`.
-        chat_template: apply the tokenizer's chat template to prompts that are chat messages.
     """
 
     path: str
@@ -326,12 +326,18 @@ def _merge(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     """Tables merge key by key, everything else is replaced; a hook table with another name replaces its parent's."""
     merged = dict(base)
     for key, value in over.items():
-        old = merged.get(key)
-        if isinstance(old, dict) and isinstance(value, dict) and value.get("name", old.get("name")) == old.get("name"):  # pyright: ignore[reportUnknownMemberType]
-            merged[key] = _merge(old, value)  # pyright: ignore[reportUnknownArgumentType]
+        old, new = (
+            cast("dict[str, Any]", item) if isinstance(item, dict) else None for item in (merged.get(key), value)
+        )
+        if old is not None and new is not None and new.get("name", old.get("name")) == old.get("name"):
+            merged[key] = _merge(old, new)
         else:
             merged[key] = value
     return merged
+
+
+def _table(value: Any) -> dict[str, Any] | None:
+    return cast("dict[str, Any]", value) if isinstance(value, dict) else None
 
 
 def _apply(table: dict[str, Any], override: str) -> None:
@@ -349,7 +355,7 @@ def _apply(table: dict[str, Any], override: str) -> None:
             child = table[part] = {"name": child}
         if not isinstance(child, dict):
             raise InputError("--set", override, f"{part} is a value, not a table", "Shorten the key.")
-        table = child  # pyright: ignore[reportUnknownVariableType]
+        table = cast("dict[str, Any]", child)
     table[path[-1]] = value
 
 

@@ -1,6 +1,6 @@
 """The errors of a run, and the exit code each of them ends the `miles` command with.
 
-A user's mistake is an `InputError` (setting, value, rule, way out). What a caller may want to catch is one of the others.
+A user's mistake is an `InputError` (setting, value, rule, way out). What a caller may catch is one of the others.
 Errors of the libraries below core (sync, precision, lora) have base classes of their own.
 """
 

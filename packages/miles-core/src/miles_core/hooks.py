@@ -1,7 +1,7 @@
 """User code: the protocol of every extension point, and how a name in a recipe becomes a checked callable.
 
-Code is named `"package.module:name"`, with parameters beside it in the recipe, or passed as an object in Python. At load
-time the signature is compared with the protocol's, so that a wrong hook is an error before any process starts.
+Code is named `"package.module:name"`, with parameters beside it in the recipe, or passed as an object in Python. At
+load time the signature is compared with the protocol's, so that a wrong hook is an error before any process starts.
 """
 
 import functools

@@ -143,9 +143,9 @@ def _group_from_columns(
     start = 0
     for length, (spans, *others) in zip(lengths, rest, strict=True):
         stop = start + length
-        tokens, loss_mask, rollout_logprobs = (column[start:stop] for column in columns)
-        spans = tuple(VersionSpan(*span) for span in spans)
-        samples.append(Sample(tokens, loss_mask, rollout_logprobs, spans, *others))
+        tokens, loss_mask, rollout_logprobs = columns
+        own = tokens[start:stop], loss_mask[start:stop], rollout_logprobs[start:stop]
+        samples.append(Sample(*own, tuple(VersionSpan(*span) for span in spans), *others))
         start = stop
     return Group(prompt, tuple(samples))
 
@@ -160,13 +160,13 @@ class Batch:
         loss_mask: True where a token is trained, bool [T].
         rollout_logprobs: as the engine reported them, float32 [T].
         advantages: per token, float32 [T]; 0 outside loss_mask.
-        loss_weights: share of each token in the loss, float32 [T]; they sum to 1 over the whole step's batch, that is
-            over all data-parallel shards and before the split into minibatches. loss = sum(loss_weights * per-token loss).
+        loss_weights: share of each token in the loss, float32 [T]; they sum to 1 over one minibatch with all its
+            data-parallel shards. loss = sum(loss_weights * per-token loss).
         rewards: float32 [N].
         versions: oldest weight_version of each sample, int64 [N].
         group_index: which group of the step a sample belongs to, int32 [N].
-        num_loss_tokens: trained tokens of the whole step, over all shards.
-        num_samples: samples of the whole step, over all shards.
+        num_loss_tokens: trained tokens of the minibatch, over all shards.
+        num_samples: samples of the minibatch, over all shards.
     """
 
     tokens: Ints
@@ -187,13 +187,11 @@ class Batch:
         return np.concatenate([[0], np.cumsum(self.lengths, dtype=np.int64)])
 
     def take(self, samples: Iterable[int]) -> "Batch":
-        """The batch of these samples alone, in this order. Weights and totals stay those of the whole step."""
+        """The batch of these samples alone, in this order. Weights and totals stay as they are."""
         index = np.asarray(list(samples), np.int64)
         starts = self.offsets
-        where = (
-            np.concatenate([np.arange(starts[i], starts[i + 1]) for i in index])
-            if len(index)
-            else np.zeros(0, np.int64)
+        where = np.concatenate(
+            [np.zeros(0, np.int64), *(np.arange(starts[i], starts[i + 1], dtype=np.int64) for i in index)]
         )
         per_token = ("tokens", "loss_mask", "rollout_logprobs", "advantages", "loss_weights")
         per_sample = ("lengths", "rewards", "versions", "group_index")

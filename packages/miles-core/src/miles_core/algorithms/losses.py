@@ -23,7 +23,7 @@ class LossInputs:
         rollout_logprobs: as the engine reported them, float32 [T].
         advantages: float32 [T].
         loss_mask: bool [T]; values outside it are ignored.
-        entropy: entropy of the distribution each token was drawn from, float32 [T], with gradient; None if not asked for.
+        entropy: of the distribution each token was drawn from, float32 [T], with gradient; None if not asked for.
         sample_index: which sample of the micro-batch a token belongs to, int64 [T].
     """
 
@@ -72,9 +72,9 @@ class PPOClip:
     def __post_init__(self) -> None:
         """Refuse bounds that would switch the clip off or turn it around."""
         if not 0 < self.clip_low <= 1:
-            raise ValueError(f"clip_low={self.clip_low} must be in (0, 1]: it bounds a ratio from below by 1 - clip_low")
+            raise ValueError(f"clip_low={self.clip_low} must be in (0, 1]: a ratio is bounded below by 1 - clip_low")
         if not self.clip_high > 0:
-            raise ValueError(f"clip_high={self.clip_high} must be > 0: it bounds a ratio from above by 1 + clip_high")
+            raise ValueError(f"clip_high={self.clip_high} must be > 0: a ratio is bounded above by 1 + clip_high")
 
     @property
     def needs_entropy(self) -> bool:
