@@ -1,9 +1,9 @@
 """From judged groups to what each trainer rank learns from: columns, loss weights, balanced shards, minibatches.
 
-    groups, advantages ─▶ make_batch ─▶ the step ─▶ shard ─▶ one Batch a rank ─▶ split_minibatches ─▶ one a rank and update
+    groups, advantages ─▶ make_batch ─▶ shard ─▶ one Batch a rank ─▶ split_minibatches ─▶ one a rank and update
 
-The reduction of the loss lives in `loss_weights` alone: every rank sums `loss_weights * loss` over what it holds, gradients
-are summed over ranks, and the result is the mean that the recipe asked for, whatever the packing.
+The reduction of the loss lives in `loss_weights` alone: every rank sums `loss_weights * loss` over what it holds,
+gradients are summed over ranks, and the result is the mean that the recipe asked for, whatever the packing.
 """
 
 import heapq
@@ -20,9 +20,7 @@ from miles_core.types import Batch, Floats, Group, Ints, Sample
 Reduction = Literal["token_mean", "sample_mean"]
 
 
-def make_batch(
-    groups: Sequence[Group], advantages: Sequence[Floats], reduction: Reduction = "token_mean"
-) -> Batch:
+def make_batch(groups: Sequence[Group], advantages: Sequence[Floats], reduction: Reduction = "token_mean") -> Batch:
     """Lay the groups of a step out as columns.
 
     Args:
@@ -61,9 +59,7 @@ def make_batch(
         loss_weights=_loss_weights(loss_mask, lengths, reduction),
         rewards=np.asarray([sample.reward for sample in samples], np.float32),
         versions=np.asarray([sample.oldest_version for sample in samples], np.int64),
-        group_index=np.repeat(np.arange(len(groups)), [len(g.samples) for g in groups]).astype(
-            np.int32
-        ),
+        group_index=np.repeat(np.arange(len(groups)), [len(g.samples) for g in groups]).astype(np.int32),
         num_loss_tokens=num_loss_tokens,
         num_samples=len(samples),
     )
@@ -72,8 +68,8 @@ def make_batch(
 def shard(batch: Batch, num_ranks: int, num_minibatches: int = 1) -> list[Batch]:
     """Deal whole samples to data-parallel ranks so that all of them have about as many tokens.
 
-    Longest first, each to the rank that has least (Graham 1969): the fullest rank is within 4/3 of the best deal. Ranks wait
-    for each other at every optimizer update, so each minibatch is balanced by itself.
+    Longest first, each to the rank that has least (Graham 1969): the fullest rank is within 4/3 of the best deal.
+    Ranks wait for each other at every optimizer update, so each minibatch is balanced by itself.
 
     Args:
         batch: the whole step.
@@ -101,8 +97,9 @@ def split_minibatches(shards: Sequence[Batch], num_minibatches: int) -> list[lis
         num_minibatches: optimizer updates wanted.
 
     Returns:
-        For each update one batch a rank. Its weights sum to 1 over the ranks, and its totals are those of the update. There
-        are fewer updates than wanted when there are fewer groups with trained tokens: an update of nothing is left out.
+        For each update one batch a rank. Its weights sum to 1 over the ranks, and its totals are those of the update.
+        There are fewer updates than wanted when there are fewer groups with trained tokens: an update of nothing is
+        left out.
     """
     num_groups = _num_groups(shards)
     of_shard = [_minibatch_of(shard.group_index, num_groups, num_minibatches) for shard in shards]
@@ -133,9 +130,7 @@ def _normalised(parts: Sequence[Batch]) -> list[Batch]:
 
 
 def _num_groups(batches: Iterable[Batch]) -> int:
-    return 1 + max(
-        (int(batch.group_index.max()) for batch in batches if len(batch.group_index)), default=-1
-    )
+    return 1 + max((int(batch.group_index.max()) for batch in batches if len(batch.group_index)), default=-1)
 
 
 def _minibatch_of(group_index: Ints, num_groups: int, num_minibatches: int) -> NDArray[np.int64]:
@@ -188,17 +183,11 @@ def _flat_advantages(groups: Sequence[Group], advantages: Sequence[Floats]) -> F
 
 
 def _check_sample(sample: Sample) -> None:
-    shapes = {
-        np.shape(column) for column in (sample.tokens, sample.loss_mask, sample.rollout_logprobs)
-    }
+    shapes = {np.shape(column) for column in (sample.tokens, sample.loss_mask, sample.rollout_logprobs)}
     if len(shapes) != 1:
-        raise ValueError(
-            f"tokens, loss_mask and rollout_logprobs have shapes {shapes}: they must be equal"
-        )
+        raise ValueError(f"tokens, loss_mask and rollout_logprobs have shapes {shapes}: they must be equal")
     if len(sample.loss_mask) and sample.loss_mask[0]:
-        raise ValueError(
-            "loss_mask[0] = True: nothing predicts the first token, so it cannot be trained"
-        )
+        raise ValueError("loss_mask[0] = True: nothing predicts the first token, so it cannot be trained")
 
 
 def _column[T: np.generic](parts: Iterable[NDArray[T]], dtype: type[T]) -> NDArray[T]:
