@@ -10,15 +10,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, cast
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_serializer, model_validator
 
 from miles_core.errors import InputError
 
 
 class Section(BaseModel):
-    """A table of the recipe: immutable, no unknown keys."""
+    """A table of the recipe: immutable, no unknown keys, no guessing of types ("12" and true are no numbers)."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class HookSpec(Section):
@@ -31,6 +31,10 @@ class HookSpec(Section):
 
     name: str
     params: Mapping[str, Any] = {}
+
+    @model_serializer
+    def _as_table(self) -> dict[str, Any]:
+        return {"name": self.name, **self.params}  # what `_hook` reads, so that a dumped recipe can be run again
 
 
 def _hook(value: Any) -> Any:
@@ -326,9 +330,7 @@ def _merge(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     """Tables merge key by key, everything else is replaced; a hook table with another name replaces its parent's."""
     merged = dict(base)
     for key, value in over.items():
-        old, new = (
-            cast("dict[str, Any]", item) if isinstance(item, dict) else None for item in (merged.get(key), value)
-        )
+        old, new = _table(merged.get(key)), _table(value)
         if old is not None and new is not None and new.get("name", old.get("name")) == old.get("name"):
             merged[key] = _merge(old, new)
         else:
@@ -362,7 +364,7 @@ def _apply(table: dict[str, Any], override: str) -> None:
 def _input_error(error: ValidationError, origin: str) -> InputError:
     first = error.errors()[0]
     location = [str(part) for part in first["loc"]]
-    setting = ".".join(location) or origin
+    setting = ".".join(location) or "recipe"
     if first["type"] == "extra_forbidden":
         known = list(_fields_at(location[:-1]))
         near = difflib.get_close_matches(location[-1], known, n=1)

@@ -114,8 +114,8 @@ class Console:
     def _table(self) -> Table:
         table = Table(box=box.SIMPLE_HEAD)
         for heading in ("step", *_COLUMNS):
-            table.add_column(heading, justify="right", no_wrap=True)
-        table.add_column("phases, s")  # the one that gives way in a narrow terminal
+            table.add_column(heading, justify="right", no_wrap=True, min_width=max(len(heading), 5))
+        table.add_column("phases, s", no_wrap=True)  # the one that gives way in a narrow terminal
         for row in self._rows:
             table.add_row(*row)
         return table
