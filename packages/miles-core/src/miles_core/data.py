@@ -47,7 +47,7 @@ class FilePrompts:
         return int(self._order[place])
 
 
-def file_prompts(path: Path | str, *, prompt_field: str = "prompt", shuffle: bool = True, seed: int = 0) -> FilePrompts:
+def file_prompts(path: Path | str, prompt_field: str = "prompt", shuffle: bool = True, seed: int = 0) -> FilePrompts:
     """Open a file of prompts and check every row.
 
     Of a JSONL file only the offsets of its lines stay in memory. A Parquet file is held as Arrow columns, because its
