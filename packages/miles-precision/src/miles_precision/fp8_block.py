@@ -28,13 +28,12 @@ the third rounding is the one that shows. e4m3 has 4 significant bits down to 2^
 
     |w' - w| <= max(2^-4 |w|, 2^-10 scale) (1 + 2^-20) + half an ulp of the dtype asked for
 
-which is amax / 28 at most, anywhere in the block: half a step of 32, times the scale (the float32 roundings add 2^-17 of
-that). Encoding what was decoded to bfloat16 gives the same bytes again; what was decoded to float32, the same codes,
+which is amax / 28 at most, anywhere in the block: half a step of 32, times the scale (the float32 roundings add 2^-17
+of that). Encoding what was decoded to bfloat16 gives the same bytes again; what was decoded to float32, the same codes,
 and scales that may differ in the last bit.
 
 The floor of 1e-10, the one of SGLang's activation quantiser, keeps a block of zeros from dividing zero by zero and a
-scale from being subnormal. A block whose largest magnitude lies below it is kept within 2^-10 * 1e-10 / 448 of itself or
-a sixteenth, as the bound says: as good as zero.
+scale from being subnormal. A block whose amax lies below it loses bits, but never more than the bound above says.
 """
 
 import math
