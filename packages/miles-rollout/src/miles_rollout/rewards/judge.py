@@ -1,0 +1,90 @@
+"""Who runs reward code, and what comes of it."""
+
+import inspect
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from miles_core.hooks import Reward
+from miles_core.types import Prompt, Sample
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """The judgement of one sample, or why there is none.
+
+    Attributes:
+        reward: the number to learn from; NaN if there is none.
+        parts: named parts of it.
+        failure: empty, or a few words that are the same for the same cause.
+        detail: of the failure.
+    """
+
+    reward: float = math.nan
+    parts: Mapping[str, float] = field(default_factory=dict)
+    failure: str = ""
+    detail: str = ""
+
+
+class Judge(Protocol):
+    """Runs a reward function over samples. Never raises for what the function does."""
+
+    async def judge(self, prompt: Prompt, samples: Sequence[Sample]) -> Sequence[Verdict]:
+        """Return one verdict per sample, in their order."""
+        ...
+
+    async def close(self) -> None:
+        """End what runs."""
+        ...
+
+
+class InProcessJudge:
+    """Runs a trusted reward function in this process: fast, and without any limit on what it does."""
+
+    def __init__(self, reward: Reward, name: str):
+        """Keep the function.
+
+        Args:
+            reward: with its parameters bound.
+            name: of the function as the recipe has it, for messages.
+        """
+        self._reward = reward
+        self._name = name
+
+    async def judge(self, prompt: Prompt, samples: Sequence[Sample]) -> list[Verdict]:
+        """See Judge.judge."""
+        return [await self._one(prompt, sample) for sample in samples]
+
+    async def close(self) -> None:
+        """Nothing runs."""
+
+    async def _one(self, prompt: Prompt, sample: Sample) -> Verdict:
+        try:
+            value = self._reward(prompt, sample)
+            if inspect.isawaitable(value):
+                value = await value
+            return verdict_of(value, self._name)
+        except Exception as error:  # noqa: BLE001  whatever user code raises is data here
+            return Verdict(failure="reward raised", detail=f"{self._name}: {type(error).__name__}: {error}")
+
+
+def verdict_of(value: Any, name: str) -> Verdict:
+    """Read what a reward function returned: a number, or named parts with the total under "reward".
+
+    Args:
+        value: what it returned.
+        name: of the function, for the failure's detail.
+    """
+    parts: Mapping[Any, Any] = value if isinstance(value, Mapping) else {"reward": value}
+    if "reward" not in parts:
+        found = sorted(map(str, parts))
+        return Verdict(failure="reward malformed", detail=f'{name} returned no part "reward", but {found}'[:500])
+    try:
+        numbers = {str(key): float(number) for key, number in parts.items()}
+    except (TypeError, ValueError):
+        return Verdict(failure="reward malformed", detail=f"{name} returned {value!r}: give numbers"[:500])
+    if not all(map(math.isfinite, numbers.values())):
+        return Verdict(failure="reward not finite", detail=f"{name} returned {value!r}"[:500])
+    total = numbers.pop("reward")
+    return Verdict(total, numbers)

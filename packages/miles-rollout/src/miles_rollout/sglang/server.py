@@ -1,0 +1,317 @@
+"""One SGLang server in a child process that cannot outlive its owner.
+
+    owner ── thread "engine-0" ── python -m miles_rollout.sglang._entry ─┬─ sglang::scheduler (one per rank)
+                                        (HTTP, tokens in and out)        └─ sglang::detokenizer
+
+    new ──launch──▶ starting ──ready──▶ serving ──stop──▶ ended
+                       └──────failed / died / stop──────────▲
+
+Whoever dies takes those below along: each process asks the kernel for a signal at its parent's end, and the main one
+also watches its stdin and its parent's pid. The kernel ties that signal to the THREAD that started the process, so a
+thread of its own starts it, waits for it and ends with it.
+"""
+
+import contextlib
+import json
+import os
+import random
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from miles_core.errors import DeadlineExceeded, InputError
+from miles_rollout.errors import EngineDied, EngineStartError
+from miles_rollout.sglang import cpu
+from miles_rollout.sglang.arguments import check_arguments, complete_arguments
+from miles_rollout.sglang.client import EngineAddress
+
+# Below the ports that the kernel hands out to outgoing connections (32768 and up).
+_PORTS = range(20000, 32000)
+_LOG_TAIL_LINES = 25
+# Seconds that killed processes may take to be gone.
+_STOP_GRACE_S = 5.0
+# Temporary folders: the prefix, then the owner's pid. The file in it lists what is in shared memory.
+_TEMPORARY = "miles-sglang-"
+_SHARED_MEMORY = "shared_memory.txt"
+
+
+@dataclass(frozen=True, slots=True)
+class ServerSettings:
+    """What to serve and how.
+
+    Attributes:
+        model_path: a Hugging Face directory.
+        arguments: SGLang's own names, verbatim; `device="cpu"` brings the CPU shim.
+        log_path: file that receives what the engine prints; its folder is made.
+        name: for messages, e.g. "engine-0".
+        deterministic: the same prompt, weights and seed give the same response, whatever else is served.
+        seed: of sampling without per-request seeds.
+        custom_weight_loaders: dotted paths that /update_weights_from_tensor may name as load_format.
+        start_deadline_s: seconds from `launch` to ready.
+    """
+
+    model_path: str
+    log_path: Path
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    name: str = "engine-0"
+    deterministic: bool = False
+    seed: int = 0
+    custom_weight_loaders: tuple[str, ...] = ()
+    start_deadline_s: float = 300.0
+
+
+class SGLangServer:
+    """A stock SGLang server. Plain and blocking; belongs to one owner process (a Ray actor, a test)."""
+
+    def __init__(self, settings: ServerSettings):
+        """Check the settings; nothing is started.
+
+        Raises:
+            InputError: an argument that SGLang does not have or that Miles decides, a port that is taken, or a model
+                directory that is not there.
+        """
+        check_arguments(settings.arguments)
+        if not Path(settings.model_path, "config.json").is_file():
+            raise InputError(
+                "model.path", settings.model_path, "must be a Hugging Face directory (config.json)", "Check the path."
+            )
+        self._settings = settings
+        arguments = complete_arguments(settings.arguments, settings.deterministic)
+        self._is_cpu = arguments.get("device") == "cpu"
+        if self._is_cpu:
+            cpu.check_version()
+        host = arguments["host"]
+        port = arguments.setdefault("port", None)
+        if port is None:
+            arguments["port"] = _free_port(host)
+        elif not _is_free(host, port):
+            raise InputError(
+                "rollout.sglang.port", port, f"is taken on {host}", "Leave it out, and a free one is chosen."
+            )
+        arguments.setdefault("random_seed", settings.seed)
+        if settings.custom_weight_loaders:
+            arguments["custom_weight_loader"] = list(settings.custom_weight_loaders)
+        self._arguments = arguments
+        self._keys = {name: secrets.token_urlsafe(32) for name in ("api_key", "admin_api_key")}
+        self._temporary = ""
+        self._process: subprocess.Popen[bytes] | None = None
+        self._launched = threading.Event()
+        self._settled = threading.Event()  # ready, failed or ended
+        self._stopping = False
+        self._events: list[dict[str, Any]] = []
+        self._since = 0.0
+
+    @property
+    def address(self) -> EngineAddress:
+        """Where a client finds the engine, with its keys."""
+        host = self._arguments["host"]
+        host = "127.0.0.1" if host == "0.0.0.0" else host
+        return EngineAddress(f"http://{host}:{self._arguments['port']}", **self._keys, name=self._settings.name)
+
+    @property
+    def processes(self) -> Mapping[int, str]:
+        """Pids and names of the engine's processes, once it is ready."""
+        ready = next((event for event in self._events if event["event"] == "ready"), None)
+        if ready is None or self._process is None:
+            return {}
+        return {self._process.pid: "sglang::server"} | {int(p): name for p, name in ready["children"].items()}
+
+    def start(self) -> EngineAddress:
+        """`launch` and `wait_ready`."""
+        self.launch()
+        return self.wait_ready()
+
+    def launch(self) -> None:
+        """Start the process and return at once."""
+        if self._process is not None:
+            raise RuntimeError(f"{self._settings.name} was launched before: make a new SGLangServer")
+        self._since = time.monotonic()
+        thread = threading.Thread(target=self._supervise, name=self._settings.name, daemon=True)
+        thread.start()
+        self._launched.wait()
+
+    def wait_ready(self) -> EngineAddress:
+        """Wait until the engine serves.
+
+        Raises:
+            EngineStartError: it ended instead; the message has the end of its log.
+            DeadlineExceeded: it did neither in time, and was stopped.
+        """
+        left = self._settings.start_deadline_s - (time.monotonic() - self._since)
+        if not self._settled.wait(max(left, 0)):
+            self.stop()
+            raise DeadlineExceeded(
+                f"{self._settings.name} (SGLang) was not ready {self._settings.start_deadline_s:g} s after its launch "
+                f"(cluster.start_deadline_s) and was stopped.\n{self._log_tail()}"
+            )
+        if not self.processes:
+            raise EngineStartError(self._why_not_started())
+        return self.address
+
+    def check(self) -> None:
+        """Raise EngineDied, naming the process, if the engine is no longer complete."""
+        died = next((event for event in self._events if event["event"] == "died"), None)
+        if died is not None:
+            how = f"{died['process']} of {self._settings.name} {_exit_words(died['exit'])}"
+        elif self._process is None or self._process.returncode is not None:
+            code = None if self._process is None else self._process.returncode
+            how = f"{self._settings.name} (SGLang) {_exit_words(code)}"
+        else:
+            return
+        raise EngineDied(f"{how}.\n{self._log_tail()}")
+
+    def stop(self) -> None:
+        """End all processes of the engine and remove its temporary files. Safe to call twice."""
+        self._stopping = True
+        process = self._process
+        if process is not None:
+            _kill_tree(process)
+        if self._temporary:
+            _remove(Path(self._temporary))
+        self._settled.set()
+
+    def _supervise(self) -> None:
+        """Start the process, listen to what becomes of it, and stay until it ends (see the module's docstring)."""
+        status_in, status_out = os.pipe()
+        try:
+            self._process = self._spawn(status_out)
+        finally:
+            os.close(status_out)
+            self._launched.set()
+        with os.fdopen(status_in) as events:
+            for line in events:
+                event = json.loads(line)
+                self._events.append(event)
+                if event["event"] == "ready":
+                    Path(self._temporary, _SHARED_MEMORY).write_text("\n".join(event["shared_memory"]))
+                    self._settled.set()
+        self._process.wait()
+        # What the kernel has not ended yet, and what would be left on disk.
+        self.stop()
+
+    def _spawn(self, status_out: int) -> subprocess.Popen[bytes]:
+        settings = self._settings
+        settings.log_path.parent.mkdir(parents=True, exist_ok=True)
+        # SGLang's sockets and their files, which it leaves behind, in a folder that nobody else can enter.
+        _remove_leftovers()
+        self._temporary = tempfile.mkdtemp(prefix=f"{_TEMPORARY}{os.getpid()}-")
+        environment = cpu.environment(os.environ) if self._is_cpu else dict(os.environ)
+        # Plugins of other packages do not run in our engines.
+        environment |= {"TMPDIR": self._temporary, "SGLANG_PLUGINS": "miles"}
+        task = {
+            "arguments": {"model_path": settings.model_path, **self._arguments},
+            "cpu": self._is_cpu,
+            "deterministic": settings.deterministic,
+            **self._keys,
+        }
+        with settings.log_path.open("ab") as log:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "miles_rollout.sglang._entry", str(os.getpid()), str(status_out)],
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                pass_fds=[status_out],
+                start_new_session=True,  # Ctrl-C in the terminal is for the owner
+            )
+        assert process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # it ended already, which the log explains
+            process.stdin.write(json.dumps(task).encode() + b"\n")
+            process.stdin.flush()
+        return process
+
+    def _why_not_started(self) -> str:
+        name = self._settings.name
+        if self._stopping and self._process is not None and not self._events:
+            cause = "its process " + _exit_words(self._process.returncode)
+        else:
+            cause = next((e["error"] for e in self._events if e["event"] == "failed"), "a process of it died")
+        return (
+            f"{name} (SGLang) could not start: {cause}. Settings: model.path = {self._settings.model_path!r}, "
+            f"rollout.sglang = {dict(self._settings.arguments)!r}.\n{self._log_tail()}"
+        )
+
+    def _log_tail(self) -> str:
+        path = self._settings.log_path
+        try:
+            with path.open("rb") as log:
+                log.seek(max(path.stat().st_size - 64_000, 0))
+                lines = log.read().decode(errors="replace").splitlines()
+        except OSError as error:
+            return f"Its log {path} cannot be read ({error.strerror})."
+        tail = "\n".join(f"  | {line[:300]}" for line in lines[-_LOG_TAIL_LINES:])
+        return f"The end of its log {path}:\n{tail}"
+
+
+def _exit_words(code: int | None) -> str:
+    if code is None:
+        return "was never launched"
+    if code < 0:
+        return f"was ended by {signal.Signals(-code).name}"
+    return f"exited with code {code}"
+
+
+def _kill_tree(process: subprocess.Popen[bytes]) -> None:
+    """Kill the process with all its descendants and wait for their end."""
+    tree: list[psutil.Process] = []
+    with contextlib.suppress(psutil.NoSuchProcess):
+        main = psutil.Process(process.pid)
+        tree = [*main.children(recursive=True), main]
+    # The main process first: its children are told by the kernel, and nobody starts another.
+    for member in reversed(tree):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            member.kill()
+    psutil.wait_procs(tree[:-1], timeout=_STOP_GRACE_S)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(_STOP_GRACE_S)
+    if process.stdin is not None:
+        with contextlib.suppress(OSError):
+            process.stdin.close()
+
+
+def _remove(folder: Path) -> None:
+    """Remove an engine's temporary folder, and the shared memory that is written down in it."""
+    with contextlib.suppress(OSError):
+        for path in (folder / _SHARED_MEMORY).read_text().splitlines():
+            Path(path).unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _remove_leftovers() -> None:
+    """Clean up after engines whose owner was killed and could not."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{_TEMPORARY}*-*"):
+        owner = folder.name.removeprefix(_TEMPORARY).partition("-")[0]
+        with contextlib.suppress(OSError):
+            if owner.isdigit() and folder.stat().st_uid == os.getuid() and not psutil.pid_exists(int(owner)):
+                _remove(folder)
+
+
+def _is_free(host: str, port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError:
+            return False
+    return True
+
+
+def _free_port(host: str) -> int:
+    for port in random.SystemRandom().sample(_PORTS, 100):
+        if _is_free(host, port):
+            return port
+    raise InputError(
+        "rollout.sglang.port", None, f"no free port found in {_PORTS.start}-{_PORTS.stop}", "Set one yourself."
+    )
