@@ -1,0 +1,141 @@
+"""`[train.megatron]` through Megatron's own parser and rules, in the trainer's process."""
+
+import argparse
+import contextlib
+import io
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from miles_core.errors import InputError
+
+from miles_train.megatron._environment import quietly
+from miles_train.megatron.settings import SECTION, TESTED_VERSION, check_settings
+from miles_train.megatron.upstream import add_megatron_arguments, validate_args
+
+
+def parse_arguments(
+    megatron: Mapping[str, Any], model: Mapping[str, Any], *, rank: int, world_size: int, seed: int, on_gpu: bool
+) -> argparse.Namespace:
+    """Make Megatron's argument namespace.
+
+    Args:
+        megatron: `[train.megatron]`.
+        model: arguments derived from the model directory.
+        rank: this process.
+        world_size: all of them.
+        seed: of Megatron's random states.
+        on_gpu: whether the model lives on a GPU.
+
+    Raises:
+        InputError: `check_settings` refuses a key or value, Megatron's parser refuses a value, or its rules refuse the
+            combination.
+    """
+    check_settings(megatron)
+    parser = _parser()
+    args = parser.parse_args(_command_line(parser, megatron))
+    vars(args).update(_defaults(megatron), **model, **_owned(world_size, seed, on_gpu))
+    args.rank, args.world_size = rank, world_size
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), quietly():  # it prints all 800 arguments
+            validate_args(args)
+    except (AssertionError, ValueError, RuntimeError) as error:
+        raise InputError(
+            SECTION, dict(megatron), f"Megatron refuses the combination: {error}", "Change the keys it names."
+        ) from None
+    return args
+
+
+def describe_parser() -> list[dict[str, Any]]:
+    """What the installed parser knows, as `settings.known_arguments` reads it."""
+    return [_describe(action) for action in _parser()._actions if action.dest != "help"]
+
+
+class _Parser(argparse.ArgumentParser):
+    """Raises where argparse would end the process."""
+
+    def error(self, message: str) -> Any:
+        raise InputError(SECTION, "...", f"Megatron's parser says: {message}", "Correct the value.")
+
+
+def _parser() -> argparse.ArgumentParser:
+    with contextlib.redirect_stdout(io.StringIO()):
+        return add_megatron_arguments(_Parser(allow_abbrev=False))
+
+
+def _describe(action: argparse.Action) -> dict[str, Any]:
+    kinds = {"_StoreTrueAction": "true", "_StoreFalseAction": "false", "BooleanOptionalAction": "bool"}
+    kind = kinds.get(type(action).__name__, "value")
+    names = {int: "int", float: "float", str: "str", None: "str"}
+    flags = [option.lstrip("-").replace("-", "_") for option in action.option_strings]
+    choices = None if action.choices is None else [getattr(choice, "name", str(choice)) for choice in action.choices]
+    return {
+        "dest": action.dest,
+        "flags": sorted({flag for flag in flags if flag != action.dest}),
+        "kind": kind,
+        # A type may be any callable: only the builtins can be checked by name.
+        "type": names.get(action.type, "any") if kind == "value" else "bool",  # pyright: ignore
+        "many": action.nargs in ("+", "*") or isinstance(action.nargs, int) and kind == "value",
+        "choices": choices,
+    }
+
+
+def _command_line(parser: argparse.ArgumentParser, megatron: Mapping[str, Any]) -> list[str]:
+    by_name: dict[str, argparse.Action] = {}
+    for action in parser._actions:
+        for name in (action.dest, *(option.lstrip("-").replace("-", "_") for option in action.option_strings)):
+            by_name.setdefault(name, action)
+    line: list[str] = []
+    for key, value in megatron.items():
+        action = by_name[key]
+        kind = _describe(action)["kind"]
+        if kind == "value":
+            values = value if isinstance(value, list) else [value]
+            line += [action.option_strings[0], *map(str, values)]
+        elif kind == "bool":
+            line.append(action.option_strings[0 if value else 1])
+        elif value == (kind == "true") and key == action.dest:
+            line.append(action.option_strings[0])
+        elif key != action.dest and value:
+            line.append(action.option_strings[0])
+    return line
+
+
+def _defaults(megatron: Mapping[str, Any]) -> dict[str, Any]:
+    """Where this trainer's default is not Megatron's.
+
+    Megatron's schedule decays over the run by default, whose length a trainer does not know; and it pads the vocabulary to
+    a multiple of 128 for its GPU kernels, eight times the work for a vocabulary of 16.
+    """
+    ours = {"lr_decay_style": "constant", "make_vocab_size_divisible_by": 1}
+    return {key: value for key, value in ours.items() if key not in megatron}
+
+
+def _owned(world_size: int, seed: int, on_gpu: bool) -> dict[str, Any]:
+    """What the trainer decides; the reasons stand in `settings.OWNED`."""
+    off = (
+        "attention_dropout hidden_dropout bias_dropout_fusion bias_gelu_fusion bias_swiglu_fusion masked_softmax_fusion "
+        "gradient_accumulation_fusion apply_rope_fusion perform_initialization check_for_nan_in_loss_and_grad"
+    )
+    return {
+        **dict.fromkeys(off.split(), False),
+        "attention_dropout": 0.0,
+        "hidden_dropout": 0.0,
+        "calculate_per_token_loss": True,
+        "no_persist_layer_norm": True,
+        "micro_batch_size": 1,
+        "seed": seed,
+        "transformer_impl": "local",
+        "use_cpu_initialization": not on_gpu,
+        "use_distributed_optimizer": world_size > 1,
+        "distributed_backend": "nccl" if on_gpu else "gloo",
+        # Where all ranks' optimizer state can be loaded by another number of ranks (see resume_fixes).
+        "dist_ckpt_optim_fully_reshardable": True,
+    }
+
+
+if __name__ == "__main__":  # rewrites the record that settings.py reads
+    file = Path(__file__).with_name(f"arguments-{TESTED_VERSION}.json")
+    lines = ",\n".join(json.dumps(entry) for entry in describe_parser())
+    file.write_text(f"[\n{lines}\n]\n", encoding="utf-8")

@@ -1,0 +1,90 @@
+"""A rank's footing: device, default process group, Megatron's groups, random state.
+
+Megatron reads the default process group everywhere, so the rank's process owns it: one trainer per process.
+"""
+
+import argparse
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import numpy as np
+import torch
+from torch import distributed
+
+from miles_train.megatron import cpu_shim
+from miles_train.megatron.upstream import model_parallel_cuda_manual_seed, parallel_state
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """Where the ranks of one trainer meet.
+
+    Attributes:
+        rank: this process, from 0.
+        world_size: processes of the trainer.
+        master_host: host of rank 0.
+        master_port: a free TCP port there.
+    """
+
+    rank: int = 0
+    world_size: int = 1
+    master_host: str = "127.0.0.1"
+    master_port: int = 29500
+
+
+def device_of_this_process() -> torch.device:
+    """The current GPU, or the CPU where there is none."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def start(args: argparse.Namespace, address: Address, *, deterministic: bool) -> None:
+    """Make the default process group and Megatron's groups, and seed everything.
+
+    Args:
+        args: Megatron's arguments.
+        address: where the ranks meet.
+        deterministic: refuse operations whose result depends on timing.
+
+    Raises:
+        RuntimeError: the process has a default group already, or the ranks did not meet in
+            `distributed_timeout_minutes`.
+    """
+    if distributed.is_initialized():
+        raise RuntimeError("torch.distributed is initialised in this process: a trainer needs a process of its own")
+    timeout = timedelta(minutes=args.distributed_timeout_minutes)
+    distributed.init_process_group(
+        args.distributed_backend,
+        init_method=f"tcp://{address.master_host}:{address.master_port}",
+        rank=address.rank,
+        world_size=address.world_size,
+        timeout=timeout,
+    )
+    parallel_state.initialize_model_parallel(
+        args.tensor_model_parallel_size,
+        args.pipeline_model_parallel_size,
+        distributed_timeout_minutes=args.distributed_timeout_minutes,
+        create_gloo_process_groups=False,
+    )
+    torch.use_deterministic_algorithms(deterministic)
+    random.seed(args.seed)
+    np.random.seed(args.seed)
+    torch.manual_seed(args.seed)
+    with cpu_shim.active():
+        model_parallel_cuda_manual_seed(args.seed)
+
+
+def stop() -> None:
+    """Take down what `start` made; safe to call twice."""
+    if distributed.is_initialized():
+        parallel_state.destroy_model_parallel()
+        distributed.destroy_process_group()
+
+
+@contextmanager
+def others_code() -> Iterator[None]:
+    """A context for losses and hooks called from inside Megatron."""
+    with cpu_shim.paused():
+        yield

@@ -1,0 +1,90 @@
+"""Torch modules that layer specs put in place of Megatron's: they run on any device and need no extension."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from miles_train.megatron.upstream import MegatronModule, TransformerConfig
+
+
+class RMSNorm(torch.nn.RMSNorm):
+    """RMSNorm that also works under sequence parallelism (Megatron's own wrapper of torch's refuses it).
+
+    Each rank then sees part of the sequence; the mark on the weight makes `finalize_model_grads` sum its gradient.
+    """
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any):
+        """Build it as Megatron builds norms.
+
+        Args:
+            config: brings dtype and sequence parallelism.
+            hidden_size: channels to normalise over.
+            eps: added to the mean square.
+        """
+        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
+        self.weight.sequence_parallel = config.sequence_parallel  # pyright: ignore[reportAttributeAccessIssue]
+
+
+class CausalAttention(MegatronModule):
+    """Causal attention by `torch.nn.functional.scaled_dot_product_attention`, one fused kernel on CPU and GPU.
+
+    Sequences are right-padded: a token never attends to what follows it, so padding needs no mask.
+    """
+
+    def __init__(self, config: TransformerConfig, layer_number: int, softmax_scale: float | None = None, **_: Any):
+        """Build it as Megatron builds core attention.
+
+        Args:
+            config: brings the numbers of heads.
+            layer_number: from 1; unused, part of Megatron's contract.
+            softmax_scale: factor on the scores; None for 1 / sqrt(head_dim).
+        """
+        super().__init__(config=config)
+        self.layer_number = layer_number
+        self.softmax_scale = softmax_scale
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        attn_mask_type: Any = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: Any = None,
+    ) -> Tensor:
+        """Attend.
+
+        Args:
+            query: [S, B, heads, head_dim].
+            key: [S, B, groups, head_dim].
+            value: as key.
+            attention_mask: must be None: the mask is causal.
+            attn_mask_type: unused, part of Megatron's contract.
+            attention_bias: must be None.
+            packed_seq_params: must be None: sequences are padded.
+
+        Returns:
+            [S, B, heads * head_dim].
+        """
+        assert attention_mask is None and attention_bias is None and packed_seq_params is None
+        context = torch.nn.functional.scaled_dot_product_attention(
+            query.permute(1, 2, 0, 3),
+            key.permute(1, 2, 0, 3),
+            value.permute(1, 2, 0, 3),
+            is_causal=True,
+            scale=self.softmax_scale,
+            enable_gqa=query.shape[2] != key.shape[2],
+        )
+        return context.permute(2, 0, 1, 3).flatten(2)
+
+
+def with_bias(linear: Callable[..., Any], bias: bool) -> Callable[..., Any]:
+    """A builder of `linear` whose bias is `bias`, whatever Megatron's one flag for all linears says."""
+
+    def build(*args: Any, **kwargs: Any) -> Any:
+        return linear(*args, **{**kwargs, "bias": bias})
+
+    return build

@@ -1,0 +1,310 @@
+"""The step: forward, loss, backward, one optimizer update; and the numbers that come out of it.
+
+    old logprobs (a forward pass, only if there are several updates)
+    for each minibatch: zero gradients ▸ Megatron's schedule over micro-batches ▸ finite? ▸ schedule of lr ▸ optimizer
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from miles_core.algorithms.losses import Loss, LossInputs
+from miles_core.types import Batch
+from torch import Tensor, distributed
+
+from miles_train.errors import NonFiniteError
+from miles_train.megatron import cpu_shim, runtime
+from miles_train.megatron.logprobs import token_logprobs
+from miles_train.megatron.upstream import (
+    DistributedDataParallel,
+    MegatronOptimizer,
+    OptimizerParamScheduler,
+    get_forward_backward_func,
+)
+from miles_train.microbatches import MicroBatch, cut
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Learner:
+    """What a step works with.
+
+    Attributes:
+        model: Megatron's model in its gradient buffers.
+        optimizer: over it.
+        scheduler: of the optimizer's learning rate and weight decay.
+        loss: per-token loss.
+        vocab_size: without padding.
+        micro_batch_tokens: most tokens of a micro-batch, padding included.
+        temperature: of the sampling engine.
+        device: of the model.
+    """
+
+    model: DistributedDataParallel
+    optimizer: MegatronOptimizer
+    scheduler: OptimizerParamScheduler
+    loss: Loss
+    vocab_size: int
+    micro_batch_tokens: int
+    temperature: float
+    device: torch.device
+
+    def logprobs(self, batch: Batch, *, all_tokens: bool) -> Tensor:
+        """Log probability of each token under the current weights, without gradient.
+
+        Args:
+            batch: this rank's samples.
+            all_tokens: compute all but the first token of each sample instead of those in loss_mask alone.
+
+        Returns:
+            float32 [T], on the model's device; 0 where not computed.
+        """
+        column = torch.zeros(len(batch.tokens), device=self.device)
+        micros = list(cut(batch, self.micro_batch_tokens, all_tokens=all_tokens)) if len(batch.lengths) else []
+
+        def forward(micro: MicroBatch, model: Any) -> tuple[Tensor, Callable[..., Any]]:
+            logprobs, _ = self._token_logprobs(model, micro)
+            return logprobs, lambda output, non_loss_data: output
+
+        results = self._run(forward, micros, forward_only=True) if micros else []
+        for micro, logprobs in zip(micros, results, strict=True):
+            column[torch.from_numpy(micro.columns[micro.selected]).to(self.device)] = logprobs
+        return column
+
+    def step(self, minibatches: Sequence[Batch]) -> dict[str, float]:
+        """Update once per minibatch.
+
+        Args:
+            minibatches: this rank's shard of each; every rank brings equally many. A shard may be empty.
+
+        Returns:
+            Metrics, equal on all ranks (see `_Sums.reduce`).
+
+        Raises:
+            NonFiniteError: a loss or gradient is not finite; the update did not happen. Earlier minibatches of the
+                step did.
+        """
+        sums = _Sums(self.device)
+        old = [self.logprobs(batch, all_tokens=False) for batch in minibatches] if len(minibatches) > 1 else [None]
+        first_sample = 0
+        for batch, before in zip(minibatches, old, strict=True):
+            before = self._update(batch, before, sums)
+            sums.add_gap(batch, before, first_sample)
+            first_sample += len(batch.lengths)
+        return sums.reduce()
+
+    def _update(self, batch: Batch, old: Tensor | None, sums: "_Sums") -> Tensor:
+        """One optimizer update; returns the logprobs before it, [T], in loss_mask."""
+        before = torch.zeros(len(batch.tokens), device=self.device) if old is None else old
+        # Every rank runs the loss, also on an empty shard: its metrics' names must be known everywhere.
+        whole = batch if len(batch.lengths) else _placeholder(batch)
+        columns = _Columns.of(whole, self.device)
+        loss_sum = torch.zeros((), device=self.device, dtype=torch.float64)
+
+        def forward(micro: MicroBatch, model: Any) -> tuple[Any, Callable[..., Any]]:
+            output = self._token_logprobs(model, micro)
+
+            def loss(output: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+                inputs, weights = columns.inputs(micro, *output, old, self.loss.needs_entropy)
+                with runtime.others_code():
+                    per_token, metrics = self.loss(inputs)
+                if old is None and len(batch.lengths):
+                    before[columns.flat(micro)] = inputs.logprobs.detach()
+                total = (weights * per_token)[inputs.loss_mask].sum()
+                loss_sum.add_(total.detach())
+                sums.add_tokens({**metrics, "entropy": columns.scatter(micro, output[1])}, inputs.loss_mask)
+                # Two tokens of no effect: the weights already normalise, finalize_gradients divides by nothing.
+                return total, torch.zeros((), dtype=torch.int, device=self.device), {}
+
+            return output, loss
+
+        self.model.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        self._run(forward, list(cut(whole, self.micro_batch_tokens)), forward_only=False)
+        loss = self._check_finite(loss_sum)
+        self.scheduler.step(1)  # before the update, so that the first one of a warm-up is not done with lr = 0
+        with cpu_shim.active():
+            _, grad_norm, _ = self.optimizer.step()
+        sums.add_update(loss, float(grad_norm), self._learning_rate())
+        return before
+
+    def _token_logprobs(self, model: Any, micro: MicroBatch) -> tuple[Tensor, Tensor]:
+        return token_logprobs(
+            model,
+            micro,
+            vocab_size=self.vocab_size,
+            temperature=self.temperature,
+            entropy_grad=self.loss.needs_entropy,
+            device=self.device,
+        )
+
+    def _run(
+        self,
+        forward: Callable[[MicroBatch, Any], tuple[Any, Callable[..., Any]]],
+        micros: list[MicroBatch],
+        *,
+        forward_only: bool,
+    ) -> list[Any]:
+        """Megatron's schedule over the micro-batches."""
+
+        def forward_step(iterator: Iterator[MicroBatch], model: Any) -> tuple[Any, Callable[..., Any]]:
+            return forward(next(iterator), model)
+
+        with cpu_shim.active(), torch.set_grad_enabled(not forward_only):
+            return get_forward_backward_func()(
+                forward_step_func=forward_step,
+                data_iterator=iter(micros),
+                model=[self.model],
+                num_microbatches=len(micros),
+                seq_length=max(micro.tokens.shape[1] for micro in micros),
+                micro_batch_size=1,
+                forward_only=forward_only,
+                collect_non_loss_data=forward_only,
+            )
+
+    def _check_finite(self, loss_sum: Tensor) -> float:
+        """The loss summed over ranks; raises on all of them if it or any gradient is not finite."""
+        gradients = torch.stack([buffer.grad_data.norm() for buffer in self.model.buffers]).sum()
+        both = torch.stack([loss_sum, gradients.double()])
+        distributed.all_reduce(both)
+        loss, norm = both.tolist()
+        for name, value in (("loss", loss), ("gradient", norm)):
+            if not np.isfinite(value):
+                raise NonFiniteError(
+                    f"{name} = {value} in update {self.scheduler.num_steps + 1}: it must be finite. The update was not "
+                    "done and the weights are those before it. Look at the batch's rollout_logprobs and advantages, "
+                    "lower train.megatron.lr or train.megatron.clip_grad, and resume from the last checkpoint."
+                )
+        return loss
+
+    def _learning_rate(self) -> float:
+        return max(float(group["lr"]) for group in self.optimizer.param_groups)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Columns:
+    """The columns of a batch on the model's device."""
+
+    rollout_logprobs: Tensor
+    advantages: Tensor
+    loss_mask: Tensor
+    loss_weights: Tensor
+
+    @classmethod
+    def of(cls, batch: Batch, device: torch.device) -> "_Columns":
+        names = ("rollout_logprobs", "advantages", "loss_mask", "loss_weights")
+        return cls(*(torch.from_numpy(np.ascontiguousarray(getattr(batch, name))).to(device) for name in names))
+
+    def flat(self, micro: MicroBatch) -> Tensor:
+        """Where the tokens of a micro-batch lie in the batch's columns, int64 [T]."""
+        return torch.from_numpy(micro.columns).to(self.loss_mask.device)
+
+    def scatter(self, micro: MicroBatch, values: Tensor) -> Tensor:
+        """[M] at the selected tokens to [T] over all tokens of the micro-batch, 0 elsewhere."""
+        selected = torch.from_numpy(micro.selected).to(values.device)
+        return values.new_zeros(len(micro.columns)).index_put((selected,), values)
+
+    def inputs(
+        self, micro: MicroBatch, logprobs: Tensor, entropy: Tensor, old: Tensor | None, needs_entropy: bool
+    ) -> tuple[LossInputs, Tensor]:
+        """What the loss sees of a micro-batch, and the weights of its tokens, [T]."""
+        flat = self.flat(micro)
+        full = self.scatter(micro, logprobs)
+        sample_index = np.repeat(np.arange(len(micro.lengths)), micro.lengths)
+        inputs = LossInputs(
+            logprobs=full,
+            old_logprobs=full.detach() if old is None else old[flat],
+            rollout_logprobs=self.rollout_logprobs[flat],
+            advantages=self.advantages[flat],
+            loss_mask=self.loss_mask[flat],
+            entropy=self.scatter(micro, entropy) if needs_entropy else None,
+            sample_index=torch.from_numpy(sample_index).to(flat.device),
+        )
+        return inputs, self.loss_weights[flat]
+
+
+@dataclass(slots=True, eq=False)
+class _Sums:
+    """Sums over tokens and updates, reduced over ranks once, at the end of the step."""
+
+    device: torch.device
+    tokens: dict[str, Tensor] = field(default_factory=dict)
+    updates: list[tuple[float, float, float]] = field(default_factory=list)
+    largest: tuple[float, int, int] = (-1.0, -1, -1)
+
+    def add_tokens(self, columns: Mapping[str, Tensor], mask: Tensor) -> None:
+        """Add per-token columns [T] over the mask."""
+        for name, column in {**columns, "": torch.ones_like(mask, dtype=torch.float32)}.items():
+            total = column.detach()[mask].sum(dtype=torch.float64)
+            self.tokens[name] = self.tokens[name] + total if name in self.tokens else total
+
+    def add_gap(self, batch: Batch, logprobs: Tensor, first_sample: int) -> None:
+        """Add the difference of trainer and engine over loss_mask: d = logprobs - rollout_logprobs."""
+        mask = torch.from_numpy(batch.loss_mask).to(self.device)
+        d = logprobs - torch.from_numpy(batch.rollout_logprobs).to(self.device)
+        # k3 estimator of KL(rollout || trainer): http://joschu.net/blog/kl-approx.html
+        gap = {"logprob_gap": d.abs(), "k3_kl": d.exp() - d - 1}
+        for name, column in gap.items():
+            total = column[mask].sum(dtype=torch.float64)
+            self.tokens[name] = self.tokens[name] + total if name in self.tokens else total
+        if not mask.any():
+            return
+        worst = int(d.abs().masked_fill(~mask, -1.0).argmax())
+        value = float(d[worst].abs())
+        if not value <= self.largest[0]:  # also where it is not a number
+            sample = int(np.searchsorted(batch.offsets, worst, side="right")) - 1
+            self.largest = (value, first_sample + sample, worst - int(batch.offsets[sample]))
+
+    def add_update(self, loss: float, grad_norm: float, lr: float) -> None:
+        """Add an update; its numbers are equal on all ranks."""
+        self.updates.append((loss, grad_norm, lr))
+
+    def reduce(self) -> dict[str, float]:
+        """The metrics of the step.
+
+        `loss` and `grad_norm` are means over its updates, `lr` is the last one's. `entropy` and what the loss reported
+        are means over trained tokens at the update that trained them; `logprob_gap` = mean |d| and `k3_kl` =
+        mean(exp(d) - d - 1) over trained tokens, with d = log p_trainer - log p_rollout before the update (before the
+        first one, if there are several). `gap_max` is the largest |d|, found at token `gap_position` of sample
+        `gap_sample` in the shard of rank `gap_rank`, counting samples over its minibatches.
+        """
+        names = sorted(self.tokens)
+        totals = torch.stack([self.tokens[name] for name in names]).to(self.device)
+        distributed.all_reduce(totals)
+        sums = dict(zip(names, totals.tolist(), strict=True))
+        count = max(sums.pop(""), 1.0)
+        losses, norms, rates = zip(*self.updates, strict=True)
+        return {
+            "loss": float(np.mean(losses)),
+            "grad_norm": float(np.mean(norms)),
+            "lr": rates[-1],
+            **{name: total / count for name, total in sums.items()},
+            **self._largest_gap(),
+        }
+
+    def _largest_gap(self) -> dict[str, float]:
+        mine = torch.tensor(self.largest, dtype=torch.float64, device=self.device)
+        everyone = [torch.empty_like(mine) for _ in range(distributed.get_world_size())]
+        distributed.all_gather(everyone, mine)
+        ranked = torch.stack(everyone).cpu()
+        rank = int(ranked[:, 0].nan_to_num(nan=float("inf")).argmax())
+        value, sample, position = ranked[rank].tolist()
+        return {
+            "gap_max": max(value, 0.0) if value == value else value,
+            "gap_rank": float(rank),
+            "gap_sample": sample,
+            "gap_position": position,
+        }
+
+
+def _placeholder(batch: Batch) -> Batch:
+    """A stand-in for an empty shard: one sample of two tokens, none of them trained."""
+    two = {
+        "tokens": np.zeros(2, np.int32),
+        "loss_mask": np.zeros(2, np.bool_),
+        "rollout_logprobs": np.zeros(2, np.float32),
+        "advantages": np.zeros(2, np.float32),
+        "loss_weights": np.zeros(2, np.float32),
+    }
+    return replace(batch, lengths=np.array([2], np.int32), **two)

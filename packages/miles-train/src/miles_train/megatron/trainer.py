@@ -1,0 +1,219 @@
+"""`MegatronTrainer`: one rank of a trainer, as plain Python."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from miles_core.algorithms.losses import Loss
+from miles_core.hooks import AfterModelInit, AfterTrainStep, BeforeLogprobs, BeforeTrainStep
+from miles_core.types import Batch, Floats
+from torch import Tensor
+
+from miles_train.megatron import checkpoint, cpu_shim, resume_fixes, runtime
+from miles_train.megatron._environment import quietly
+from miles_train.megatron.arguments import parse_arguments
+from miles_train.megatron.runtime import Address
+from miles_train.megatron.specs import SPECS
+from miles_train.megatron.step import Learner
+from miles_train.megatron.upstream import (
+    DistributedDataParallel,
+    Float16Module,
+    MegatronOptimizer,
+    OptimizerParamScheduler,
+    finalize_model_grads,
+    get_megatron_ddp_config,
+    get_megatron_optimizer,
+    get_megatron_optimizer_config,
+)
+from miles_train.megatron.weights import table_for
+from miles_train.megatron.weights.convert import hf_weights, load_weights, stored_ties
+from miles_train.model_dir import open_model_directory
+
+
+@dataclass(frozen=True, slots=True)
+class Hooks:
+    """User code called in every trainer process; see `miles_core.hooks`."""
+
+    after_model_init: AfterModelInit | None = None
+    before_logprobs: BeforeLogprobs | None = None
+    before_train_step: BeforeTrainStep | None = None
+    after_train_step: AfterTrainStep | None = None
+
+
+class MegatronTrainer:
+    """A data-parallel rank that learns from batches with stock Megatron-Core.
+
+    Every method is collective: all ranks call it, in the same order. The process belongs to the trainer: it owns the default
+    process group, and without a GPU the CPU shim is installed in it.
+    """
+
+    def __init__(
+        self,
+        model_path: str | Path,
+        megatron: Mapping[str, Any],
+        loss: Loss,
+        *,
+        address: Address | None = None,
+        seed: int = 0,
+        micro_batch_tokens: int = 16384,
+        temperature: float = 1.0,
+        deterministic: bool = False,
+        hooks: Hooks | None = None,
+    ):
+        """Check everything, meet the other ranks, build the model and load its weights.
+
+        Args:
+            model_path: a Hugging Face model directory.
+            megatron: `[train.megatron]`: Megatron's own argument names.
+            loss: per-token loss.
+            address: which rank this is and where they meet; by default the only one.
+            seed: of all random states.
+            micro_batch_tokens: most tokens of one forward pass, padding included.
+            temperature: of the sampling engine; logits are divided by it.
+            deterministic: refuse operations whose result depends on timing.
+            hooks: user code.
+
+        Raises:
+            InputError: a setting, or the model directory, is wrong; nothing was started.
+            RuntimeError: the process has a default process group, or this version of Megatron is not the tested one.
+        """
+        address = address or Address()
+        directory = open_model_directory(model_path)
+        table = table_for(directory)
+        spec = SPECS[directory.architecture]
+        self._device = runtime.device_of_this_process()
+        on_gpu = self._device.type == "cuda"
+        args = parse_arguments(
+            megatron,
+            spec.arguments(directory.config),
+            rank=address.rank,
+            world_size=address.world_size,
+            seed=seed,
+            on_gpu=on_gpu,
+        )
+        if not on_gpu:
+            cpu_shim.install()
+        runtime.start(args, address, deterministic=deterministic)
+        self._hooks = hooks or Hooks()
+        self._directory, self._table, self._args = directory, table, args
+        self._ties = stored_ties(table, directory)
+        with cpu_shim.active(), quietly():
+            self._core = spec.build(directory.config, args)
+            load_weights(self._core, table, directory)
+            model = self._core.to(self._device)
+            wrapped = Float16Module(model.config, model) if args.bf16 else model
+            self._model = DistributedDataParallel(model.config, get_megatron_ddp_config(args), wrapped)
+            optimizer, scheduler = _optimizer(args, self._model)
+        model.config.finalize_model_grads_func = _finalize_gradients
+        self._learner = Learner(
+            self._model,
+            optimizer,
+            scheduler,
+            loss,
+            vocab_size=directory.config["vocab_size"],
+            micro_batch_tokens=micro_batch_tokens,
+            temperature=temperature,
+            device=self._device,
+        )
+        if self._hooks.after_model_init:
+            self._hooks.after_model_init([self._model])
+
+    def step(self, minibatches: Sequence[Batch]) -> dict[str, float]:
+        """Update the weights once per minibatch.
+
+        Args:
+            minibatches: this rank's shard of each; every rank brings equally many. A shard may be empty.
+
+        Returns:
+            Metrics, equal on all ranks: `loss`, `grad_norm`, `lr`, `entropy`, `logprob_gap`, `k3_kl`, `gap_max`,
+            `gap_rank`, `gap_sample`, `gap_position`, and what the loss reported (see `step._Sums.reduce`).
+
+        Raises:
+            NonFiniteError: a loss or gradient is not finite; raised on all ranks before that update.
+        """
+        hooks = self._hooks
+        for batch in minibatches:
+            if hooks.before_logprobs and len(minibatches) > 1:
+                hooks.before_logprobs(batch)
+            if hooks.before_train_step:
+                hooks.before_train_step(batch)
+        metrics = self._learner.step(minibatches)
+        if hooks.after_train_step:
+            hooks.after_train_step(metrics)
+        return metrics
+
+    def logprobs(self, batch: Batch) -> Floats:
+        """Log probability of every token under the current weights, float32 [T]; 0 for the first of each sample."""
+        return self._learner.logprobs(batch, all_tokens=True).cpu().numpy().astype(np.float32)
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield every weight under its Hugging Face name, as the model directory names them.
+
+        Many are views of live parameters in their dtype, on their device: copy what must outlive the next step.
+        """
+        return hf_weights(self._core.named_parameters(), self._table, self._ties)
+
+    def save(self, path: str | Path, state: Mapping[str, Any], *, keep: int | None = None) -> None:
+        """Write a checkpoint: model, optimizer, schedule, random states, and `state`.
+
+        Args:
+            path: folder to write, the same on all ranks; must not exist. `latest` beside it then names it.
+            state: the caller's own, JSON-able (weight version, data cursor). Rank 0's is written.
+            keep: how many of the newest checkpoints beside it to keep; None keeps all.
+
+        Raises:
+            CheckpointError: it could not be written; older checkpoints are untouched.
+        """
+        learner = self._learner
+        checkpoint.save(Path(path), self._core, learner.optimizer, learner.scheduler, state, keep)
+
+    def load(self, path: str | Path) -> dict[str, Any]:
+        """Continue from a checkpoint.
+
+        Args:
+            path: its folder, or the folder whose `latest` names it.
+
+        Returns:
+            The state given to `save`.
+
+        Raises:
+            CheckpointError: there is none, it is damaged, or it does not fit.
+        """
+        return checkpoint.load(Path(path), self._core, self._learner.optimizer, self._learner.scheduler)
+
+    def close(self) -> None:
+        """Leave the process group. The object is of no use afterwards."""
+        runtime.stop()
+
+
+def _optimizer(args: Any, model: DistributedDataParallel) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
+    """Megatron's optimizer and its schedule, which counts optimizer updates."""
+    config, overrides = get_megatron_optimizer_config(args)
+    optimizer = get_megatron_optimizer(config, [model], overrides, use_gloo_process_groups=False)
+    resume_fixes.allocate_state(optimizer)
+    warm_up = args.lr_warmup_iters
+    scheduler = OptimizerParamScheduler(
+        optimizer,
+        init_lr=args.lr_warmup_init,
+        max_lr=args.lr,
+        min_lr=args.min_lr,
+        lr_warmup_steps=warm_up,
+        # A constant schedule reads it for nothing but an assertion.
+        lr_decay_steps=args.lr_decay_iters or warm_up + 1,
+        lr_decay_style=args.lr_decay_style,
+        start_wd=args.start_weight_decay,
+        end_wd=args.end_weight_decay,
+        wd_incr_steps=args.lr_decay_iters or warm_up + 1,
+        wd_incr_style=args.weight_decay_incr_style,
+        wsd_decay_steps=args.lr_wsd_decay_iters,
+        lr_wsd_decay_style=args.lr_wsd_decay_style,
+    )
+    return optimizer, scheduler
+
+
+def _finalize_gradients(model: list[Any], num_tokens: Tensor | None, **kwargs: Any) -> None:
+    """Sum gradients over ranks and divide by nothing: loss_weights sum to 1 over the whole step."""
+    finalize_model_grads(model, None, **kwargs)

@@ -1,0 +1,73 @@
+"""Everything this package uses of Megatron-Core, by name: the one place that imports it."""
+
+import miles_train.megatron._environment  # before any import of megatron
+
+# isort: split
+from importlib.metadata import version
+
+from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
+from megatron.core.models.gpt import gpt_model
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_submodules
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.optimizer import ChainedOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    get_cuda_rng_tracker,
+    model_parallel_cuda_manual_seed,
+)
+from megatron.core.tensor_parallel import random as tensor_parallel_random
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.module import Float16Module, MegatronModule
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_layer import TransformerLayer
+from megatron.training.argument_utils import core_transformer_config_from_args
+from megatron.training.arguments import add_megatron_arguments, validate_args
+from megatron.training.training import get_megatron_ddp_config, get_megatron_optimizer_config
+
+MEGATRON_VERSION = version("megatron-core")
+
+__all__ = [
+    "MEGATRON_VERSION",
+    "ChainedOptimizer",
+    "CheckpointingException",
+    "ColumnParallelLinear",
+    "DistributedDataParallel",
+    "DistributedOptimizer",
+    "Float16Module",
+    "GPTModel",
+    "MegatronModule",
+    "MegatronOptimizer",
+    "ModuleSpec",
+    "OptimizerParamScheduler",
+    "RowParallelLinear",
+    "ShardedObject",
+    "TransformerBlockSubmodules",
+    "TransformerConfig",
+    "TransformerLayer",
+    "add_megatron_arguments",
+    "core_transformer_config_from_args",
+    "dist_checkpointing",
+    "filesystem_async",
+    "finalize_model_grads",
+    "get_cuda_rng_tracker",
+    "get_forward_backward_func",
+    "get_gpt_layer_local_submodules",
+    "get_megatron_ddp_config",
+    "get_megatron_optimizer",
+    "get_megatron_optimizer_config",
+    "gpt_model",
+    "model_parallel_cuda_manual_seed",
+    "parallel_state",
+    "tensor_parallel_random",
+    "validate_args",
+]

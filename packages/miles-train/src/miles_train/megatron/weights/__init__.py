@@ -1,0 +1,59 @@
+"""Hugging Face names to Megatron parameters: one declarative table per architecture.
+
+Importing this package imports torch, not Megatron.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from miles_core.errors import InputError
+
+from miles_train.megatron.weights import llama, qwen3
+from miles_train.megatron.weights.table import Fusion, GroupedQKV, Row, Stacked, WeightTable, Whole
+from miles_train.model_dir import ModelDirectory
+
+__all__ = [
+    # the table
+    "WeightTable",
+    "Row",
+    # how parts are fused
+    "Fusion",
+    "Whole",
+    "Stacked",
+    "GroupedQKV",
+    # finding one
+    "TABLES",
+    "table_for",
+]
+
+TABLES: Mapping[str, Callable[[Mapping[str, Any]], WeightTable]] = {
+    "LlamaForCausalLM": llama.table,
+    "Qwen3ForCausalLM": qwen3.table,
+}
+
+
+def table_for(directory: ModelDirectory) -> WeightTable:
+    """The table of a directory's architecture, checked against its tensors.
+
+    Raises:
+        InputError: an unknown architecture, a config without a needed key, or tensors that do not fit.
+    """
+    make = TABLES.get(directory.architecture)
+    if make is None:
+        raise InputError(
+            f"architectures in {directory.path / 'config.json'}",
+            directory.architecture,
+            f"must be one of {', '.join(sorted(TABLES))}",
+            "Train one of these, or register a weight table and a spec for it.",
+        )
+    try:
+        table = make(directory.config)
+    except KeyError as error:
+        raise InputError(
+            str(directory.path / "config.json"),
+            f"no key {error}",
+            f"{directory.architecture} needs it",
+            "Save the model's config again.",
+        ) from None
+    table.check_directory(directory)
+    return table
