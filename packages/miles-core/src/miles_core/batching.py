@@ -36,7 +36,7 @@ def make_batch(groups: Sequence[Group], advantages: Sequence[Floats], reduction:
     Raises:
         RolloutError: no token of the step is trained.
         InputError: the advantages do not fit the groups, or are not finite.
-        ValueError: a sample's columns differ in length, or its first token is trained.
+        ValueError: a sample's columns differ in length, its first token is trained, or it has no version span.
     """
     samples = [sample for group in groups for sample in group.samples]
     for sample in samples:
@@ -188,6 +188,8 @@ def _check_sample(sample: Sample) -> None:
         raise ValueError(f"tokens, loss_mask and rollout_logprobs have shapes {shapes}: they must be equal")
     if len(sample.loss_mask) and sample.loss_mask[0]:
         raise ValueError("loss_mask[0] = True: nothing predicts the first token, so it cannot be trained")
+    if not sample.version_spans:
+        raise ValueError("version_spans = (): one span at least must say which weights took part")
 
 
 def _column[T: np.generic](parts: Iterable[NDArray[T]], dtype: type[T]) -> NDArray[T]:

@@ -113,10 +113,9 @@ def load_object(name: str, setting: str) -> Any:
         raise InputError(setting, name, 'code is named "package.module:name"', "Add the module or the attribute.")
     try:
         module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise InputError(
-            setting, name, f"the module cannot be imported ({error})", "Install it, or set PYTHONPATH."
-        ) from error
+    except Exception as error:  # noqa: BLE001 (a user's module may raise anything)
+        rule = f"the module cannot be imported ({type(error).__name__}: {error})"
+        raise InputError(setting, name, rule, "Install it, set PYTHONPATH, or mend it.") from error
     try:
         return functools.reduce(getattr, attribute.split("."), module)
     except AttributeError:

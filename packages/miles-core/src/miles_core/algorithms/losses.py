@@ -82,12 +82,18 @@ class PPOClip:
         return self.entropy_coef != 0
 
     def __call__(self, inputs: LossInputs) -> tuple[Tensor, Mapping[str, Tensor]]:
-        """Return per-token losses [T] and the metrics `clip_fraction_low`, `clip_fraction_high`, `ratio` [T]."""
+        """Return per-token losses [T] and the metrics `clip_fraction_low`, `clip_fraction_high`, `ratio` [T].
+
+        Raises:
+            ValueError: the entropy bonus is on and the inputs have no entropy.
+        """
         ratio = torch.exp(inputs.logprobs - inputs.old_logprobs)
         clipped = ratio.clamp(1 - self.clip_low, 1 + self.clip_high)
         advantages = inputs.advantages
         loss = -torch.minimum(ratio * advantages, clipped * advantages)
-        if inputs.entropy is not None:
+        if self.needs_entropy:
+            if inputs.entropy is None:
+                raise ValueError(f"entropy_coef={self.entropy_coef} needs inputs.entropy, which is None")
             loss = loss - self.entropy_coef * inputs.entropy
         ratio = ratio.detach()
         low = (ratio < 1 - self.clip_low) & (advantages < 0)

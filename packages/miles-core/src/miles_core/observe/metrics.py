@@ -78,7 +78,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def _record(step: int, metrics: Mapping[str, float]) -> dict[str, Any]:
-    values = {name: value if isinstance(value, int) else float(value) for name, value in metrics.items()}
+    values = {name: value if type(value) is int else float(value) for name, value in metrics.items()}
     non_finite = {name: str(value) for name, value in values.items() if not math.isfinite(value)}
     record: dict[str, Any] = {"step": step} | values | dict.fromkeys(non_finite)
     return record | {"non_finite": non_finite} if non_finite else record
