@@ -4,8 +4,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
-from miles_core.types import Batch
 from numpy.typing import NDArray
+
+from miles_core.types import Batch
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -61,9 +62,7 @@ def cut(batch: Batch, max_tokens: int, *, all_tokens: bool = False) -> Iterator[
         first = stop
 
 
-def _micro_batch(
-    batch: Batch, samples: NDArray[np.int64], starts: NDArray[np.int64], all_tokens: bool
-) -> MicroBatch:
+def _micro_batch(batch: Batch, samples: NDArray[np.int64], starts: NDArray[np.int64], all_tokens: bool) -> MicroBatch:
     lengths = batch.lengths[samples].astype(np.int64)
     rows = np.repeat(np.arange(len(samples)), lengths)
     positions = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)

@@ -1,7 +1,7 @@
 """A Hugging Face model directory, read without transformers: its config and where its tensors lie.
 
-Only headers are read here. Every complaint about a directory comes from this module or from the weight table it is compared
-with, before any weight is loaded.
+Only headers are read here. Every complaint about a directory comes from this module or from the weight table it is
+compared with, before any weight is loaded.
 """
 
 import json
@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from miles_core.errors import InputError
 from safetensors import safe_open
 from torch import Tensor
+
+from miles_core.errors import InputError
 
 INDEX = "model.safetensors.index.json"
 _SETTING = "model.path"
@@ -57,7 +58,7 @@ class ModelDirectory:
 
     @contextmanager
     def reader(self) -> Iterator[Callable[[str], Tensor]]:
-        """Give a function that reads one tensor by name, each file mapped into memory once and never read as a whole."""
+        """Give a function that reads one tensor by name; each file is mapped into memory once, never read whole."""
         with ExitStack() as files:
             opened: dict[Path, Any] = {}
 
@@ -160,9 +161,7 @@ def _read_header(file: Path) -> dict[str, StoredTensor]:
     end = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
     if size != end:
         raise _truncated(file, size, end)
-    return {
-        name: StoredTensor(file, entry["dtype"], tuple(entry["shape"])) for name, entry in header.items()
-    }
+    return {name: StoredTensor(file, entry["dtype"], tuple(entry["shape"])) for name, entry in header.items()}
 
 
 def _truncated(file: Path, size: int, expected: int | None = None) -> InputError:

@@ -1,7 +1,7 @@
 """Training with stock Megatron-Core, on many GPUs, one, or none.
 
-The door is lazy: `MegatronTrainer` imports Megatron (seconds) when it is asked for, in the trainer's process. A driver that
-only checks a recipe imports `miles_train.megatron.settings` and `miles_train.megatron.weights`, which do not.
+The door is lazy: `MegatronTrainer` imports Megatron (seconds) when it is asked for, in the trainer's process. A driver
+that only checks a recipe imports `miles_train.megatron.settings` and `miles_train.megatron.weights`, which do not.
 """
 
 from typing import TYPE_CHECKING, Any

@@ -1,8 +1,8 @@
 """What must be settled before the first Megatron import; imported for its effect, first thing in `upstream`.
 
-`megatron.core.jit` makes `torch.compile` its default fuser, and decorators apply it while modules are imported. Without a
-GPU that would want a C++ compiler at the first forward pass. `TORCHDYNAMO_DISABLE` turns the decorators of the modules that
-`megatron.core` itself imports into nothing, `disable_jit_fuser` those of all later ones.
+`megatron.core.jit` makes `torch.compile` its default fuser, and decorators apply it while modules are imported. Without
+a GPU that would want a C++ compiler at the first forward pass. `TORCHDYNAMO_DISABLE` turns the decorators of the
+modules that `megatron.core` itself imports into nothing, `disable_jit_fuser` those of all later ones.
 """
 
 import logging

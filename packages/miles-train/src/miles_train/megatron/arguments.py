@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from miles_core.errors import InputError
-
 from miles_train.megatron._environment import quietly
 from miles_train.megatron.settings import SECTION, TESTED_VERSION, check_settings
 from miles_train.megatron.upstream import add_megatron_arguments, validate_args
@@ -75,8 +74,8 @@ def _describe(action: argparse.Action) -> dict[str, Any]:
         "flags": sorted({flag for flag in flags if flag != action.dest}),
         "kind": kind,
         # A type may be any callable: only the builtins can be checked by name.
-        "type": names.get(action.type, "any") if kind == "value" else "bool",  # pyright: ignore
-        "many": action.nargs in ("+", "*") or isinstance(action.nargs, int) and kind == "value",
+        "type": names.get(action.type, "any") if kind == "value" else "bool",
+        "many": action.nargs in ("+", "*"),
         "choices": choices,
     }
 
@@ -95,9 +94,7 @@ def _command_line(parser: argparse.ArgumentParser, megatron: Mapping[str, Any]) 
             line += [action.option_strings[0], *map(str, values)]
         elif kind == "bool":
             line.append(action.option_strings[0 if value else 1])
-        elif value == (kind == "true") and key == action.dest:
-            line.append(action.option_strings[0])
-        elif key != action.dest and value:
+        elif value == (kind == "true" or key != action.dest):  # a flag's own name means giving it
             line.append(action.option_strings[0])
     return line
 
@@ -105,8 +102,8 @@ def _command_line(parser: argparse.ArgumentParser, megatron: Mapping[str, Any]) 
 def _defaults(megatron: Mapping[str, Any]) -> dict[str, Any]:
     """Where this trainer's default is not Megatron's.
 
-    Megatron's schedule decays over the run by default, whose length a trainer does not know; and it pads the vocabulary to
-    a multiple of 128 for its GPU kernels, eight times the work for a vocabulary of 16.
+    Megatron's schedule decays over the run by default, whose length a trainer does not know; and it pads the vocabulary
+    to a multiple of 128 for its GPU kernels, eight times the work for a vocabulary of 16.
     """
     ours = {"lr_decay_style": "constant", "make_vocab_size_divisible_by": 1}
     return {key: value for key, value in ours.items() if key not in megatron}
@@ -115,8 +112,8 @@ def _defaults(megatron: Mapping[str, Any]) -> dict[str, Any]:
 def _owned(world_size: int, seed: int, on_gpu: bool) -> dict[str, Any]:
     """What the trainer decides; the reasons stand in `settings.OWNED`."""
     off = (
-        "attention_dropout hidden_dropout bias_dropout_fusion bias_gelu_fusion bias_swiglu_fusion masked_softmax_fusion "
-        "gradient_accumulation_fusion apply_rope_fusion perform_initialization check_for_nan_in_loss_and_grad"
+        "bias_dropout_fusion bias_gelu_fusion bias_swiglu_fusion masked_softmax_fusion apply_rope_fusion "
+        "gradient_accumulation_fusion perform_initialization check_for_nan_in_loss_and_grad"
     )
     return {
         **dict.fromkeys(off.split(), False),

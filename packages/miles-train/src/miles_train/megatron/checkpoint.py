@@ -5,8 +5,8 @@
         megatron/           megatron.core.dist_checkpointing; sha256 of every file, checked before anything is read
     latest                  names the newest complete one; written last
 
-Random states are restored where the number of ranks is the same. The data is Megatron's, pickles among it: only checkpoints
-whose digests hold are opened, and only those of your own runs should be.
+Random states are restored where the number of ranks is the same. The data is Megatron's, pickles among it: only
+checkpoints whose digests hold are opened, and only those of your own runs should be.
 """
 
 import json
@@ -91,8 +91,8 @@ def save(
         distributed.barrier()
     except (OSError, CheckpointException, CheckpointingException) as error:
         raise CheckpointError(
-            f"checkpoint {path} could not be written: {error}. The folder must be new, its disk writable and have room. "
-            "The checkpoints before it are untouched."
+            f"checkpoint {path} could not be written: {error}. The folder must be new, its disk writable and have "
+            "room. The checkpoints before it are untouched."
         ) from error
 
 
@@ -116,14 +116,14 @@ def load(
     folder, header = read_header(path)
     if header["optimizer"] != _kind(optimizer):
         raise CheckpointError(
-            f"checkpoint {folder} holds the state of a {header['optimizer']} optimizer ({header['world_size']} ranks), and "
-            f"{distributed.get_world_size()} ranks use a {_kind(optimizer)} one. Resume with one rank where it was one, and "
-            "with two or more otherwise."
+            f"checkpoint {folder} was written by {header['world_size']} ranks with a {header['optimizer']} optimizer; "
+            f"{distributed.get_world_size()} ranks use a {_kind(optimizer)} one. Resume with one rank where it was "
+            "one, and with two or more otherwise."
         )
     with cpu_shim.active():
         contents = _contents(model, optimizer, scheduler, saved_ranks=header["world_size"])
         try:
-            loaded = dist_checkpointing.load(contents, str(folder / _DATA), verify_integrity=True)
+            loaded: Any = dist_checkpointing.load(contents, str(folder / _DATA), verify_integrity=True)
         except (OSError, CheckpointException, CheckpointingException, ValueError) as error:
             raise CheckpointError(
                 f"checkpoint {folder} is damaged or does not fit this model: {error}. Resume from another one."
@@ -148,7 +148,9 @@ def read_header(path: Path) -> tuple[Path, dict[str, Any]]:
     folder = folders.resolve(path)
     file = None if folder is None else folder / MARKER
     if folder is None or file is None or not file.is_file():
-        raise CheckpointError(f"there is no checkpoint in {path}: it needs {MARKER}, or `latest` naming a folder with one.")
+        raise CheckpointError(
+            f"there is no checkpoint in {path}: it needs {MARKER}, or `latest` naming a folder with one."
+        )
     try:
         header = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -198,7 +200,7 @@ def _random_states() -> dict[str, Any]:
         "numpy": [name, torch.from_numpy(np.asarray(keys).astype(np.int64)), *rest],
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state(),
-        "model_parallel": get_cuda_rng_tracker().get_states(),
+        "model_parallel": _tracker().get_states(),
     }
 
 
@@ -209,4 +211,9 @@ def _set_random_states(states: Mapping[str, Any]) -> None:
     np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
     torch.cuda.set_rng_state(states["cuda"])
     torch.set_rng_state(states["torch"])
-    get_cuda_rng_tracker().set_states(states["model_parallel"])
+    _tracker().set_states(states["model_parallel"])
+
+
+def _tracker() -> Any:
+    """Megatron's named random states, one of them for what differs between model-parallel ranks."""
+    return get_cuda_rng_tracker()

@@ -1,21 +1,20 @@
 """Lets megatron-core 0.19.2 run in a process without a GPU.
 
 Megatron's layers, schedules and optimizers ask `torch.cuda` for the current device, streams and random state, and make
-small tensors with `device="cuda"`, also where they were configured for the CPU. No setting turns that off, and upstream has
-not planned one (https://github.com/NVIDIA/Megatron-LM). The shim answers these questions with torch's own CPU twins, in
-two parts:
+small tensors with `device="cuda"`, also where they were configured for the CPU. No setting turns that off, and upstream
+has not planned one (https://github.com/NVIDIA/Megatron-LM). The shim answers these questions with torch's own CPU
+twins, in two parts:
 
 - `install` rebinds the attributes listed in `rebindings`, once, for the life of the process: a trainer's and no other.
 - `active` is a context to call Megatron in. Within it, tensors asked for on "cuda" come on the CPU, and
-  `Tensor.type()` says "torch.cuda.FloatTensor": an assertion of Megatron's gradient clipping compares that name. `paused`
-  lifts both while somebody else's code (a loss, a hook) runs inside.
+  `Tensor.type()` says "torch.cuda.FloatTensor": an assertion of Megatron's gradient clipping compares that name.
+  `paused` lifts both while somebody else's code (a loss, a hook) runs inside.
 
 The names hold for one version, so every other version is refused.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any

@@ -1,7 +1,7 @@
 """What config.json says of a dense decoder of the Llama line, in one checked shape.
 
-The weight table and the layer spec of such a family both start here. Values that would change the arithmetic in a way this
-package does not compute are refused: a model that only almost matches is worse than none.
+The weight table and the layer spec of such a family both start here. Values that would change the arithmetic in a way
+this package does not compute are refused: a model that only almost matches is worse than none.
 """
 
 import math
@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from miles_core.errors import InputError
 from torch import Tensor
+
+from miles_core.errors import InputError
 
 
 @dataclass(frozen=True, slots=True)

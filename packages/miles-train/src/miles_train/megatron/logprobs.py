@@ -61,9 +61,7 @@ def token_logprobs(
     return model(tokens, torch.zeros_like(tokens), None, output_processor=head)
 
 
-def _from_logits(
-    logits: Tensor, targets: Tensor, temperature: float, entropy_grad: bool
-) -> tuple[Tensor, Tensor]:
+def _from_logits(logits: Tensor, targets: Tensor, temperature: float, entropy_grad: bool) -> tuple[Tensor, Tensor]:
     """Logprob of each target and entropy of each row, float32 [M], from logits [M, vocab]."""
     logits = logits.float()
     if temperature != 1.0:

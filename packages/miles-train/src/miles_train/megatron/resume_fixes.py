@@ -1,14 +1,14 @@
 """What saving and resuming need of megatron-core 0.19.2 without Transformer Engine and Apex.
 
-Without them Megatron's Adam is torch's AdamW, which keeps `step` in the state of every parameter; the checkpoint code of
-`DistributedOptimizer` was written for optimizers that keep it in the group. Three fixes:
+Without them Megatron's Adam is torch's AdamW, which keeps `step` in the state of every parameter; the checkpoint code
+of `DistributedOptimizer` was written for optimizers that keep it in the group. Three fixes:
 
 1. `allocate_state`: state exists before the first update, else `state_dict` finds no step and fails, on saving as on
    loading.
 2. `tolerate_missing_step`: checkpoints carry no per-parameter `step`, which `_set_main_param_and_optimizer_states`
    would look up and copy, into leaves that require gradients.
-3. `separate_steps`: loading gives all parameters one `step` tensor, which AdamW then advances once per parameter. Without
-   this fix nothing fails: the run resumes and computes other numbers.
+3. `separate_steps`: loading gives all parameters one `step` tensor, which AdamW then advances once per parameter.
+   Without this fix nothing fails: the run resumes and computes other numbers.
 
 And one of saving: `write_without_manager`.
 """
@@ -47,7 +47,7 @@ def tolerate_missing_step(optimizer: MegatronOptimizer) -> Iterator[None]:
     """A context to load optimizer state in."""
     changed = [part for part in _parts(optimizer) if isinstance(part, DistributedOptimizer)]
     for part in changed:
-        part._set_main_param_and_optimizer_states = MethodType(_set_states, part)  # pyright: ignore
+        part._set_main_param_and_optimizer_states = MethodType(_set_states, part)
     try:
         yield
     finally:
@@ -71,10 +71,10 @@ def separate_steps(optimizer: MegatronOptimizer) -> None:
 def write_without_manager() -> None:
     """Let Megatron's checkpoint writer hand its results over a queue in this process.
 
-    It saves with threads, but makes its queue by starting a manager process (start method spawn): seconds per save, and an
-    EOFError in every script whose main module is not guarded. A saver that waits for its own threads needs neither.
+    It saves with threads, but makes its queue by starting a manager process (start method spawn): seconds per save, and
+    an EOFError in every script whose main module is not guarded. A saver that waits for its own threads needs neither.
     """
-    filesystem_async._results_queue = queue.Queue()  # pyright: ignore[reportAttributeAccessIssue]
+    filesystem_async._results_queue = queue.Queue()
 
 
 def _parts(optimizer: MegatronOptimizer) -> list[Any]:

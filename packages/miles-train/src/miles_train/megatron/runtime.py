@@ -4,7 +4,9 @@ Megatron reads the default process group everywhere, so the rank's process owns 
 """
 
 import argparse
+import logging
 import random
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -52,6 +54,7 @@ def start(args: argparse.Namespace, address: Address, *, deterministic: bool) ->
         RuntimeError: the process has a default group already, or the ranks did not meet in
             `distributed_timeout_minutes`.
     """
+    _hush()
     if distributed.is_initialized():
         raise RuntimeError("torch.distributed is initialised in this process: a trainer needs a process of its own")
     timeout = timedelta(minutes=args.distributed_timeout_minutes)
@@ -74,6 +77,25 @@ def start(args: argparse.Namespace, address: Address, *, deterministic: bool) ->
     torch.manual_seed(args.seed)
     with cpu_shim.active():
         model_parallel_cuda_manual_seed(args.seed)
+
+
+def _hush() -> None:
+    """Leave out of a trainer's log what upstreams warn of on the one path they leave us.
+
+    Checkpoints: torch warns of its own sharded tensors, which Megatron's format is made of, and of a load without a
+        group;
+    Megatron advises another writer than its own, which needs a GPU package. Optimizer: gradients of views are looked
+    at.
+    """
+    for message, category in (
+        ("Please use DTensor instead", FutureWarning),
+        ("torch.distributed is disabled", UserWarning),
+        ("The argument order of load", UserWarning),
+        ("The .grad attribute of a Tensor that is not a leaf", UserWarning),
+    ):
+        warnings.filterwarnings("ignore", message=message, category=category)
+    writer = logging.getLogger("megatron.core.dist_checkpointing.strategies.torch")
+    writer.addFilter(lambda record: not record.getMessage().startswith("MCore's async save is deprecated"))
 
 
 def stop() -> None:

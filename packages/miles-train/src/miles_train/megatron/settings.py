@@ -1,11 +1,11 @@
 """Checks `[train.megatron]` before any process starts, without importing Megatron.
 
 The keys are Megatron's own argument names. What its parser knows lies in `arguments-<version>.json`, written by
-`miles_train.megatron.arguments.describe_parser`; a test holds the file against the installed parser. The rank itself parses
-the same mapping with Megatron's parser and rules again (`miles_train.megatron.arguments`).
+`miles_train.megatron.arguments.describe_parser`; a test holds the file against the installed parser. The rank itself
+parses the same mapping with Megatron's parser and rules again (`miles_train.megatron.arguments`).
 
-Every known argument is one of four: derived from the model directory, decided by the trainer, read by the trainer, or never
-read by it. Only the third kind may be set.
+Every known argument is one of four: derived from the model directory, decided by the trainer, read by the trainer, or
+never read by it. Only the third kind may be set.
 """
 
 import difflib
@@ -21,15 +21,20 @@ from miles_core.errors import InputError
 TESTED_VERSION = "0.19.2"
 SECTION = "train.megatron"
 
-DERIVED = frozenset(
+
+def _names(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+DERIVED = _names(
     """
     num_layers encoder_num_layers decoder_num_layers hidden_size ffn_hidden_size num_attention_heads kv_channels
     group_query_attention num_query_groups max_position_embeddings seq_length encoder_seq_length decoder_seq_length
     vocab_size padded_vocab_size pad_vocab_size layernorm_epsilon normalization swiglu add_bias_linear add_qkv_bias
-    qk_layernorm position_embedding_type use_rotary_position_embeddings add_position_embedding rotary_base rotary_percent
-    rotary_interleaved use_rope_scaling rope_scaling_factor rotary_seq_len_interpolation_factor rope_type
-    untie_embeddings_and_output_weights
-    """.split()
+    qk_layernorm position_embedding_type use_rotary_position_embeddings add_position_embedding rotary_base
+    rotary_percent rotary_interleaved use_rope_scaling rope_scaling_factor rotary_seq_len_interpolation_factor
+    rope_type untie_embeddings_and_output_weights
+    """
 )
 
 OWNED: Mapping[str, str] = {
@@ -55,17 +60,16 @@ OWNED: Mapping[str, str] = {
     "use_distributed_optimizer": "it follows from the number of data-parallel ranks: from two on",
 }
 
-READ = frozenset(
+READ = _names(
     """
     lr min_lr lr_decay_style lr_decay_iters lr_warmup_iters lr_warmup_init lr_wsd_decay_style lr_wsd_decay_iters
-    weight_decay start_weight_decay end_weight_decay weight_decay_incr_style apply_wd_to_qk_layernorm
-    decoupled_lr decoupled_min_lr adam_beta1 adam_beta2 adam_eps clip_grad
-    bf16 accumulate_allreduce_grads_in_fp32 grad_reduce_in_bf16 fp32_residual_connection
-    recompute_granularity recompute_method recompute_num_layers recompute_modules recompute_activations
-    overlap_grad_reduce overlap_param_gather ddp_bucket_size ddp_num_buckets distributed_timeout_minutes
-    make_vocab_size_divisible_by
-    tensor_model_parallel_size pipeline_model_parallel_size context_parallel_size expert_model_parallel_size
-    """.split()
+    weight_decay start_weight_decay end_weight_decay weight_decay_incr_style apply_wd_to_qk_layernorm decoupled_lr
+    decoupled_min_lr adam_beta1 adam_beta2 adam_eps clip_grad bf16 accumulate_allreduce_grads_in_fp32
+    grad_reduce_in_bf16 fp32_residual_connection recompute_granularity recompute_method recompute_num_layers
+    recompute_modules recompute_activations overlap_grad_reduce overlap_param_gather ddp_bucket_size ddp_num_buckets
+    distributed_timeout_minutes make_vocab_size_divisible_by tensor_model_parallel_size pipeline_model_parallel_size
+    context_parallel_size expert_model_parallel_size
+    """
 )
 
 # Read, but only 1 is implemented.
@@ -185,7 +189,7 @@ def _check_type(key: str, value: Any, argument: Argument) -> None:
     else:
         wanted, right = "text or a number", isinstance(value, str | int | float)
     if right and argument.choices is not None:
-        values = value if argument.many else [value]
+        values: list[Any] = value if isinstance(value, list) else [value]
         wanted, right = f"one of {', '.join(argument.choices)}", {str(v) for v in values} <= set(argument.choices)
     if not right:
         raise InputError(f"{SECTION}.{key}", value, f"must be {wanted}", "Correct the value.")

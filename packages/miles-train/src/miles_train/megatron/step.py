@@ -1,7 +1,7 @@
 """The step: forward, loss, backward, one optimizer update; and the numbers that come out of it.
 
-    old logprobs (a forward pass, only if there are several updates)
-    for each minibatch: zero gradients ▸ Megatron's schedule over micro-batches ▸ finite? ▸ schedule of lr ▸ optimizer
+old logprobs (a forward pass, only if there are several updates)
+for each minibatch: zero gradients ▸ Megatron's schedule over micro-batches ▸ finite? ▸ schedule of lr ▸ optimizer
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from miles_core.algorithms.losses import Loss, LossInputs
-from miles_core.types import Batch
 from torch import Tensor, distributed
 
+from miles_core.algorithms.losses import Loss, LossInputs
+from miles_core.types import Batch
 from miles_train.errors import NonFiniteError
 from miles_train.megatron import cpu_shim, runtime
 from miles_train.megatron.logprobs import token_logprobs
@@ -86,10 +86,12 @@ class Learner:
                 step did.
         """
         sums = _Sums(self.device)
-        old = [self.logprobs(batch, all_tokens=False) for batch in minibatches] if len(minibatches) > 1 else [None]
+        old: list[Tensor | None] = [None] * len(minibatches)
+        if len(minibatches) > 1:
+            old = [self.logprobs(batch, all_tokens=False) for batch in minibatches]
         first_sample = 0
-        for batch, before in zip(minibatches, old, strict=True):
-            before = self._update(batch, before, sums)
+        for batch, recomputed in zip(minibatches, old, strict=True):
+            before = self._update(batch, recomputed, sums)
             sums.add_gap(batch, before, first_sample)
             first_sample += len(batch.lengths)
         return sums.reduce()
@@ -125,8 +127,8 @@ class Learner:
         loss = self._check_finite(loss_sum)
         self.scheduler.step(1)  # before the update, so that the first one of a warm-up is not done with lr = 0
         with cpu_shim.active():
-            _, grad_norm, _ = self.optimizer.step()
-        sums.add_update(loss, float(grad_norm), self._learning_rate())
+            outcome: Any = self.optimizer.step()  # updated, gradient norm, zeros in the gradient
+        sums.add_update(loss, float(outcome[1]), self._learning_rate())
         return before
 
     def _token_logprobs(self, model: Any, micro: MicroBatch) -> tuple[Tensor, Tensor]:
@@ -165,7 +167,8 @@ class Learner:
 
     def _check_finite(self, loss_sum: Tensor) -> float:
         """The loss summed over ranks; raises on all of them if it or any gradient is not finite."""
-        gradients = torch.stack([buffer.grad_data.norm() for buffer in self.model.buffers]).sum()
+        buffers: Any = self.model.buffers  # Megatron's, not torch's method of that name
+        gradients = torch.stack([buffer.grad_data.norm() for buffer in buffers]).sum()
         both = torch.stack([loss_sum, gradients.double()])
         distributed.all_reduce(both)
         loss, norm = both.tolist()

@@ -1,17 +1,18 @@
 """`MegatronTrainer`: one rank of a trainer, as plain Python."""
 
+import argparse
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
+from torch import Tensor, distributed
+
 from miles_core.algorithms.losses import Loss
 from miles_core.hooks import AfterModelInit, AfterTrainStep, BeforeLogprobs, BeforeTrainStep
 from miles_core.types import Batch, Floats
-from torch import Tensor
-
+from miles_train.export import export_directory
 from miles_train.megatron import checkpoint, cpu_shim, resume_fixes, runtime
 from miles_train.megatron._environment import quietly
 from miles_train.megatron.arguments import parse_arguments
@@ -20,6 +21,7 @@ from miles_train.megatron.specs import SPECS
 from miles_train.megatron.step import Learner
 from miles_train.megatron.upstream import (
     DistributedDataParallel,
+    DistributedOptimizer,
     Float16Module,
     MegatronOptimizer,
     OptimizerParamScheduler,
@@ -27,6 +29,7 @@ from miles_train.megatron.upstream import (
     get_megatron_ddp_config,
     get_megatron_optimizer,
     get_megatron_optimizer_config,
+    parallel_state,
 )
 from miles_train.megatron.weights import table_for
 from miles_train.megatron.weights.convert import hf_weights, load_weights, stored_ties
@@ -46,8 +49,8 @@ class Hooks:
 class MegatronTrainer:
     """A data-parallel rank that learns from batches with stock Megatron-Core.
 
-    Every method is collective: all ranks call it, in the same order. The process belongs to the trainer: it owns the default
-    process group, and without a GPU the CPU shim is installed in it.
+    Every method is collective: all ranks call it, in the same order. The process belongs to the trainer: it owns the
+    default process group, and without a GPU the CPU shim is installed in it.
     """
 
     def __init__(
@@ -105,7 +108,7 @@ class MegatronTrainer:
             load_weights(self._core, table, directory)
             model = self._core.to(self._device)
             wrapped = Float16Module(model.config, model) if args.bf16 else model
-            self._model = DistributedDataParallel(model.config, get_megatron_ddp_config(args), wrapped)
+            self._model = _with_gradient_buffers(wrapped, args)
             optimizer, scheduler = _optimizer(args, self._model)
         model.config.finalize_model_grads_func = _finalize_gradients
         self._learner = Learner(
@@ -184,14 +187,44 @@ class MegatronTrainer:
         """
         return checkpoint.load(Path(path), self._core, self._learner.optimizer, self._learner.scheduler)
 
+    def export(self, path: str | Path) -> None:
+        """Write a Hugging Face directory: the weights in the parameters' dtype, config.json and the tokenizer's files.
+
+        Args:
+            path: directory to make, the same on all ranks; must not exist. Written by rank 0.
+
+        Raises:
+            CheckpointError: it could not be written, or did not read back bit for bit; nothing is at `path` then.
+        """
+        if distributed.get_rank() == 0:
+            export_directory(Path(path), self._directory, self.weights)
+        distributed.barrier()
+
     def close(self) -> None:
         """Leave the process group. The object is of no use afterwards."""
         runtime.stop()
 
 
-def _optimizer(args: Any, model: DistributedDataParallel) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
+def _with_gradient_buffers(model: Any, args: argparse.Namespace) -> DistributedDataParallel:
+    """The model in Megatron's buffers, laid out for the optimizer that will read them."""
+    config = get_megatron_ddp_config(args)
+    layout = None
+    if config.use_distributed_optimizer:
+        layout = DistributedOptimizer.compute_full_param_layout(
+            [parameter for parameter in model.parameters() if parameter.requires_grad],
+            None,  # one bucket: nothing is overlapped
+            parallel_state.get_data_parallel_world_size(with_context_parallel=True),
+            config,
+        )
+    return DistributedDataParallel(model.config, config, model, full_param_layout=layout)
+
+
+def _optimizer(
+    args: argparse.Namespace, model: DistributedDataParallel
+) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
     """Megatron's optimizer and its schedule, which counts optimizer updates."""
-    config, overrides = get_megatron_optimizer_config(args)
+    made: Any = get_megatron_optimizer_config(args)  # annotated upstream as the first of the two alone
+    config, overrides = made
     optimizer = get_megatron_optimizer(config, [model], overrides, use_gloo_process_groups=False)
     resume_fixes.allocate_state(optimizer)
     warm_up = args.lr_warmup_iters

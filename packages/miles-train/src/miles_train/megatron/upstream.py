@@ -1,6 +1,6 @@
 """Everything this package uses of Megatron-Core, by name: the one place that imports it."""
 
-import miles_train.megatron._environment  # before any import of megatron
+import miles_train.megatron._environment  # noqa: F401  # before any import of megatron
 
 # isort: split
 from importlib.metadata import version

@@ -1,10 +1,10 @@
 """Models of the Llama line: Llama, SmolLM2, Qwen3.
 
-Why `GPTModel`, which 0.19 calls deprecated in favour of `HybridModel`: in 0.19.2 `HybridStack` builds its final norm from
-Transformer Engine unconditionally, which needs a GPU; `HybridModel` takes no rotary scaling, gives every layer of one kind
-the same spec, and has no `output_processor`, the hook through which `step` turns hidden states into logprobs without ever
-holding all logits. A `GPTModel` also has the parameter names that other Megatron tools know. The choice is made here and in
-`weights/_dense.py`, and nowhere else.
+Why `GPTModel`, which 0.19 calls deprecated in favour of `HybridModel`: in 0.19.2 `HybridStack` builds its final norm
+from Transformer Engine unconditionally, which needs a GPU; `HybridModel` takes no rotary scaling, gives every layer of
+one kind the same spec, and has no `output_processor`, the hook through which `step` turns hidden states into logprobs
+without ever holding all logits. A `GPTModel` also has the parameter names that other Megatron tools know. The choice is
+made here and in `weights/_dense.py`, and nowhere else.
 """
 
 import argparse
@@ -59,11 +59,13 @@ def dense_model(config: DenseConfig, args: argparse.Namespace) -> GPTModel:
         args: Megatron's arguments, among them those of `dense_arguments`.
     """
     transformer = core_transformer_config_from_args(args)
+    # Typed as ModuleSpec upstream, which documents a block's submodules as well.
+    spec: Any = _block_spec(config, transformer)
     multiple = args.make_vocab_size_divisible_by * args.tensor_model_parallel_size
     with _without_deprecation_notice():
         model = GPTModel(
             transformer,
-            _block_spec(config, transformer),
+            spec,
             vocab_size=-(-config.vocab_size // multiple) * multiple,
             max_sequence_length=config.max_positions,
             parallel_output=True,
@@ -77,7 +79,7 @@ def dense_model(config: DenseConfig, args: argparse.Namespace) -> GPTModel:
 
 
 def _block_spec(config: DenseConfig, transformer: TransformerConfig) -> TransformerBlockSubmodules:
-    layer = get_gpt_layer_local_submodules(qk_layernorm=config.qk_norm, normalization="RMSNorm")
+    layer: Any = get_gpt_layer_local_submodules(qk_layernorm=config.qk_norm, normalization="RMSNorm")
     layer.input_layernorm = layer.pre_mlp_layernorm = RMSNorm
     attention = layer.self_attention.submodules
     attention.core_attention = CausalAttention

@@ -7,22 +7,18 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from miles_core.errors import InputError
-
 from miles_train.megatron.weights import llama, qwen3
 from miles_train.megatron.weights.table import Fusion, GroupedQKV, Row, Stacked, WeightTable, Whole
 from miles_train.model_dir import ModelDirectory
 
 __all__ = [
-    # the table
-    "WeightTable",
-    "Row",
-    # how parts are fused
-    "Fusion",
-    "Whole",
-    "Stacked",
-    "GroupedQKV",
-    # finding one
     "TABLES",
+    "Fusion",
+    "GroupedQKV",
+    "Row",
+    "Stacked",
+    "WeightTable",
+    "Whole",
     "table_for",
 ]
 

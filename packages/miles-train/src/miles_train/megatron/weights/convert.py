@@ -3,9 +3,9 @@
 from collections.abc import Iterable, Iterator, Mapping
 
 import torch
-from miles_core.errors import InputError
 from torch import Tensor, nn
 
+from miles_core.errors import InputError
 from miles_train.megatron.weights.table import Row, WeightTable
 from miles_train.model_dir import ModelDirectory
 

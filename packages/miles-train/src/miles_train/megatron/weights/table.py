@@ -1,8 +1,8 @@
 """One table per architecture says how Hugging Face tensors and Megatron parameters answer to each other.
 
 A row reads: these Hugging Face tensors, fused in this way, are that Megatron parameter, cut along that dim under tensor
-parallelism. Loading, export, weight sync and adapters all read the same rows, and a table is checked both ways against a
-directory and a model: nothing may be left over on either side.
+parallelism. Loading, export, weight sync and adapters all read the same rows, and a table is checked both ways against
+a directory and a model: nothing may be left over on either side.
 
 Nothing here imports Megatron: a driver checks a directory against a table before any process starts.
 """
@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
-from miles_core.errors import InputError
 from torch import Tensor
 
+from miles_core.errors import InputError
 from miles_train.model_dir import ModelDirectory
 
 Shape = tuple[int, ...]
@@ -97,7 +97,8 @@ class Row:
         megatron: name of the parameter; `{layer}` as above.
         fusion: how the parts lie in the parameter.
         shard_dim: dim of the parameter that tensor parallelism cuts; None if every rank holds all of it.
-        padded: True where Megatron may append rows to dim 0 (the vocabulary); they are zeros and never leave the trainer.
+        padded: True where Megatron may append rows to dim 0 (the vocabulary); they are zeros and never leave the
+            trainer.
     """
 
     hf: tuple[str, ...]
@@ -115,9 +116,7 @@ class Row:
     def at(self, layer: int) -> "Row":
         """The row of one layer."""
         hf = tuple(name.format(layer=layer) for name in self.hf)
-        return Row(
-            hf, self.shapes, self.megatron.format(layer=layer), self.fusion, self.shard_dim, self.padded
-        )
+        return Row(hf, self.shapes, self.megatron.format(layer=layer), self.fusion, self.shard_dim, self.padded)
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,8 +126,8 @@ class WeightTable:
     Attributes:
         rows: patterns, per layer or not.
         num_layers: how many layers the per-layer rows stand for.
-        tied: Hugging Face names that repeat another tensor (an output head tied to the embedding), name to original. Such
-            a tensor may be stored or not; where it is, it must equal the original and is exported again.
+        tied: Hugging Face names that repeat another tensor (an output head tied to the embedding), name to original.
+            Such a tensor may be stored or not; where it is, it must equal the original and is exported again.
     """
 
     rows: tuple[Row, ...]
@@ -145,11 +144,7 @@ class WeightTable:
 
     def shapes(self) -> dict[str, Shape]:
         """Every Hugging Face tensor the model needs, with its shape."""
-        return {
-            name: shape
-            for row in self.expand()
-            for name, shape in zip(row.hf, row.shapes, strict=True)
-        }
+        return {name: shape for row in self.expand() for name, shape in zip(row.hf, row.shapes, strict=True)}
 
     def check_directory(self, directory: ModelDirectory) -> None:
         """Hold a directory's tensors against the table.
