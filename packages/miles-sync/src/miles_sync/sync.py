@@ -1,0 +1,169 @@
+"""The sender: pushes versions of a model's weights to any number of receivers."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+
+from miles_sync import manifest as manifests
+from miles_sync.buckets import BUCKET_BYTES, cut
+from miles_sync.channel import Deadline, check_token
+from miles_sync.errors import DriftError, SyncError
+from miles_sync.peer import Peer
+from miles_sync.report import SyncReport, TargetState
+from miles_sync.routes import TRANSPORTS, Routes, Transport, each
+from miles_sync.sources import Source, as_source
+from miles_sync.targets import Target
+from miles_sync.transaction import Transaction
+
+_log = logging.getLogger(__name__)
+
+Weights = torch.nn.Module | Mapping[str, torch.Tensor] | Source | Iterable[tuple[str, torch.Tensor]]
+
+
+class WeightSync:
+    """Pushes versions of a model's weights to receivers.
+
+    Args:
+        targets: Receivers: `ReceiverTarget`, `miles_sync.sglang.SGLangTarget`, or your own `Target`.
+        token: The secret shared with every receiver, at least 16 characters.
+        transport: "shm", "gloo", or "auto": per receiver, shared memory where it can be shared and has room,
+            else gloo; the report says why.
+        deadline_s: Bound, in seconds, on every single wait: for a connection, for an answer, for a bucket to
+            move. Also the silence after which a receiver gives a transaction up.
+        bucket_bytes: Length of a bucket, a multiple of 8 MiB.
+    """
+
+    def __init__(
+        self,
+        targets: Sequence[Target],
+        *,
+        token: str,
+        transport: Transport = "auto",
+        deadline_s: float = 120.0,
+        bucket_bytes: int = BUCKET_BYTES,
+    ) -> None:
+        """Keep the settings; nothing is opened before `connect`, `push` or `status`."""
+        names = [target.name for target in targets]
+        if not names or len(set(names)) != len(names):
+            raise ValueError(f"targets={names} must be at least one, with different names")
+        if transport not in TRANSPORTS:
+            raise ValueError(f"transport={transport!r} must be one of {', '.join(TRANSPORTS)}")
+        if deadline_s <= 0:
+            raise ValueError(f"deadline_s={deadline_s} must be above 0")
+        cut(0, bucket_bytes)  # refuses a bad length
+        self._targets = tuple(targets)
+        self._token = check_token(token)
+        self._deadline_s = deadline_s
+        self._bucket_bytes = bucket_bytes
+        self._routes = Routes(transport, bucket_bytes)
+        self._peers: dict[str, Peer] = {}
+        self._lock = threading.Lock()
+
+    def connect(self) -> None:
+        """Connect to every target that is not connected. `push` and `status` do so by themselves.
+
+        Raises `AuthError`, `BusyError`, `DeadlineError`, `MismatchError`, `PeerLostError`.
+        """
+        with self._lock:
+            self._connect_missing()
+
+    def push(self, weights: Weights, version: int) -> SyncReport:
+        """Make `weights` the version that every target serves.
+
+        Args:
+            weights: A module, a mapping, (name, tensor) pairs, or a `Source` that makes them on the fly. Read
+                once; they must not change before this returns.
+            version: Higher than what the targets serve. A target that serves this version already is left
+                alone if the digest is equal, and refuses if not.
+
+        Returns:
+            What happened. Raises a `SyncError` of the stage that failed; before commit, every target then
+            still serves what it served, and a later push starts afresh.
+        """
+        source = as_source(weights)
+        manifest = manifests.lay_out(source.metadata(), version)
+        with self._lock:
+            peers = self._current_peers()
+            transaction = Transaction(
+                peers, self._routes, source, manifest, self._deadline_s, self._bucket_bytes
+            )
+            return transaction.run()
+
+    def status(self) -> tuple[TargetState, ...]:
+        """Ask every target what it serves; each reads its live weights again to say whether they are intact."""
+        with self._lock:
+            return tuple(each(self._status, self._current_peers()))
+
+    def check(self, version: int, digest: str) -> None:
+        """Raise `DriftError` unless every target serves this version and digest, intact, and says so."""
+        for state in self.status():
+            wrong = {
+                "version": (state.version, version),
+                "digest": (state.digest, digest),
+                "intact": (state.intact, True),
+                "published version": (state.published, state.published and str(version)),
+            }
+            for what, (found, expected) in wrong.items():
+                if found != expected:
+                    reason = f"its {what} is {found}, expected {expected}"
+                    raise DriftError(reason, stage="status", peer=state.target)
+
+    def close(self) -> None:
+        """End all connections and release buffers; targets go on serving what they have."""
+        with self._lock:
+            for peer in self._peers.values():
+                peer.close()
+            self._peers.clear()
+            self._routes.close()
+
+    def __enter__(self) -> WeightSync:
+        """Itself, connected."""
+        self.connect()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Close."""
+        self.close()
+
+    def _current_peers(self) -> list[Peer]:
+        """Every target, connected and asked for its state: one that went away meanwhile is connected anew."""
+        for name, peer in list(self._peers.items()):
+            try:
+                peer.ask(self._deadline())
+            except SyncError as error:
+                _log.info("connecting to %s again: %s", name, error)
+                peer.close()
+                del self._peers[name]
+        self._connect_missing()
+        return [self._peers[target.name] for target in self._targets]
+
+    def _connect_missing(self) -> None:
+        each(self._connect, [t for t in self._targets if t.name not in self._peers])
+
+    def _connect(self, target: Target) -> None:
+        deadline = self._deadline()
+        channel = target.connect(self._token, deadline)
+        try:
+            self._peers[target.name] = Peer(target, channel, deadline)
+        except BaseException:
+            channel.close()
+            raise
+
+    def _status(self, peer: Peer) -> TargetState:
+        deadline = self._deadline()
+        state = peer.ask(deadline, recompute=True)
+        return TargetState(
+            target=peer.name,
+            version=None if state.version < 0 else state.version,
+            digest=state.digest,
+            intact=state.intact,
+            dirty=state.dirty,
+            published=peer.target.published(deadline),
+        )
+
+    def _deadline(self) -> Deadline:
+        return Deadline(self._deadline_s)

@@ -1,0 +1,58 @@
+"""Targets: how a sender reaches a receiver, and who carries out its orders there."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from miles_sync.channel import Channel, Deadline, dial
+from miles_sync.messages import Commit, Prepare
+
+
+class Target(Protocol):
+    """One receiver, seen from the sender.
+
+    Attributes:
+        name: For reports and errors.
+    """
+
+    name: str
+
+    def connect(self, token: str, deadline: Deadline) -> Channel:
+        """Open an authenticated channel. Raises a `SyncError`."""
+        ...
+
+    def order(self, channel: Channel, order: Prepare | Commit, version: int, deadline: Deadline) -> None:
+        """Have the owner of the weights carry out an order; the answer comes over the channel."""
+        ...
+
+    def published(self, deadline: Deadline) -> str | None:
+        """The version that the target tells its own clients, or None where it tells none."""
+        ...
+
+    def publish(self, version: str, deadline: Deadline) -> None:
+        """Correct what `published` says. Called only where it differs from what was committed."""
+        ...
+
+
+class ReceiverTarget:
+    """A receiver that another process (or thread) serves with `miles_sync.serve`."""
+
+    def __init__(self, host: str, port: int, *, name: str = "") -> None:
+        """Name its address; nothing is opened yet."""
+        self.name = name or f"{host}:{port}"
+        self._host, self._port = host, port
+
+    def connect(self, token: str, deadline: Deadline) -> Channel:
+        """Connect and authenticate. Raises `DeadlineError`, `PeerLostError`, `AuthError`."""
+        return dial(self._host, self._port, token, deadline, self.name)
+
+    def order(self, channel: Channel, order: Prepare | Commit, version: int, deadline: Deadline) -> None:
+        """Send it: the receiver's own thread carries it out."""
+        channel.send(order, deadline, "commit" if isinstance(order, Commit) else "begin")
+
+    def published(self, deadline: Deadline) -> str | None:
+        """A plain receiver publishes nothing."""
+        return None
+
+    def publish(self, version: str, deadline: Deadline) -> None:
+        """Nothing to correct."""
