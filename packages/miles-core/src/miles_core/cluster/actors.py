@@ -42,20 +42,25 @@ class Host:
         os.close(log)
         self.name = f"{role}[{index}]"
         self._hosted: Any = None
-        self._built = asyncio.Event()
 
     async def build(self, factory: str, kwargs: Mapping[str, Any]) -> int:
         """Build the hosted object; returns this process's id."""
         self._hosted = load_object(factory, self.name)(**kwargs)
         if inspect.iscoroutinefunction(getattr(self._hosted, "start", None)):
             await self._hosted.start()
-        self._built.set()
         return os.getpid()
 
     async def call(self, method: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Call a method of the hosted object, plain or async."""
         result = getattr(self._hosted, method)(*args, **kwargs)
         return await result if inspect.isawaitable(result) else result
+
+    async def close(self) -> None:
+        """Close the hosted object, if it can be closed."""
+        close = getattr(self._hosted, "close", None)
+        result = close() if close is not None else None
+        if inspect.isawaitable(result):
+            await result
 
     @ray.method(concurrency_group="watch")
     async def died(self) -> str:
@@ -150,7 +155,7 @@ class Crew:
         """Let every member close what it hosts, then end all of them. Never raises for a member that is dead."""
         for watch in self._watches:
             watch.cancel()
-        closing = [m.handle.call.remote("close", (), {}) for m in self._members]
+        closing = [member.handle.close.remote() for member in self._members]
         with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(asyncio.gather(*closing, return_exceptions=True), CLOSE_DEADLINE_S)
         for member in self._members:
@@ -162,11 +167,10 @@ class Crew:
         where = PlacementGroupSchedulingStrategy(
             placement_group=self._group, placement_group_bundle_index=self._plan.slots.index(slot)
         )
-        actor = ray.remote(Host).options(
+        actor = ray.remote(concurrency_groups={"watch": 1})(Host).options(
             num_cpus=slot.num_cpus,
             num_gpus=slot.num_gpus,
             scheduling_strategy=where,
-            concurrency_groups={"watch": 1},
             max_restarts=0,
             max_task_retries=0,
         )
@@ -180,7 +184,7 @@ class Crew:
         except asyncio.CancelledError:
             raise
         except ray.exceptions.RayActorError as error:
-            reason = _first_line(error)
+            reason = _reason(error)
         if not self._death.done():
             log = self._log_dir / f"{member.role}-{member.index}.log"
             self._death.set_result(f"{member.name} died: {reason} (its log: {log})")
@@ -219,8 +223,10 @@ def _result(answer: "asyncio.Future[Any]", member: Member, what: str) -> Any:
     raise error
 
 
-def _first_line(error: BaseException) -> str:
-    """Ray explains a death over many lines; the reason is the last sentence that says something."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    reasons = [line for line in lines if "Reason" in line or "exit" in line.lower() or "killed" in line.lower()]
-    return (reasons or lines or [type(error).__name__])[0]
+def _reason(error: BaseException) -> str:
+    """What Ray knows of a death, without its paragraph of guesses."""
+    text = " ".join(str(error).split())
+    detail = text.partition("Worker exit detail: ")[2].partition(" Some common causes")[0]
+    if "connection error code 2" in detail:
+        return "its process was killed or crashed"
+    return detail or text.partition(" Some common causes")[0]

@@ -1,7 +1,8 @@
 """Starting Ray on this machine, closed to everybody else, or joining a cluster that runs."""
 
+import logging
 import os
-import secrets
+import random
 import socket
 import tempfile
 from collections.abc import Generator, Iterator
@@ -13,6 +14,9 @@ from miles_core.cluster.plan import Cluster, Node
 from miles_core.errors import InputError
 
 LOOPBACK = "127.0.0.1"
+# Ray replaces 127.0.0.1 by the machine's outward address (services.resolve_ip_for_localhost); the rest of the loopback
+# range it takes as it is.
+NODE_ADDRESS = "127.0.0.2"
 # Samples and batches pass through the object store, weights never do: 256 MiB holds hundreds of steps of small runs.
 LOCAL_OBJECT_STORE_BYTES = 256 << 20
 
@@ -60,19 +64,13 @@ def _start(num_cpus: float, dashboard_port: int) -> None:
             "the port is taken on this machine",
             "Use --set cluster.dashboard_port=0 for none, or another port.",
         )
-    # Ray reads these from the environment alone; its children inherit them. A token of one's own is respected.
-    os.environ.setdefault("RAY_AUTH_MODE", "token")
-    if not {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys():
-        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    # Without a GPU Ray would hide devices from actors that asked for none by emptying CUDA_VISIBLE_DEVICES, and warn.
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    logging.getLogger("ray").setLevel(logging.ERROR)  # deaths are ours to name, once
     ray.init(
         num_cpus=num_cpus,
         include_dashboard=bool(dashboard_port),
         dashboard_host=LOOPBACK,
         dashboard_port=dashboard_port or None,
-        _node_ip_address=LOOPBACK,
+        _node_ip_address=NODE_ADDRESS,
         object_store_memory=LOCAL_OBJECT_STORE_BYTES,
         log_to_driver=False,
         configure_logging=False,
@@ -96,3 +94,9 @@ def port_is_free(port: int, host: str = LOOPBACK) -> bool:
         except OSError:
             return False
     return True
+
+
+def free_port(host: str = LOOPBACK) -> int:
+    """A port nobody listens on now, below those that the kernel hands to outgoing connections (32768 and up)."""
+    ports = random.SystemRandom().sample(range(20000, 32000), 200)
+    return next(port for port in ports if port_is_free(port, host))

@@ -1,0 +1,75 @@
+"""The `miles` command."""
+
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from miles_core import Interrupted, MilesError, load_recipe
+from miles_core.cluster import Cluster, Node, place
+from rich.console import Console as Terminal
+from rich.table import Table
+
+
+from miles_launch.launch import launch
+from miles_launch.run import roles_of
+
+app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+
+RecipeArgument = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe, e.g. recipes/quickstart.toml.")]
+SetOption = Annotated[list[str], typer.Option("--set", help="Override a key: train.megatron.lr=2e-6. May be repeated.")]
+RunsOption = Annotated[Path, typer.Option("--runs", help="Folder that holds the folders of runs.")]
+
+
+@app.command()
+def run(
+    recipe: RecipeArgument,
+    overrides: SetOption = [],  # noqa: B006 (typer reads the default and never changes it)
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the newest run of this recipe's name.")] = False,
+    runs: RunsOption = Path("runs"),
+) -> None:
+    """Train a model as RECIPE says."""
+    launch(load_recipe(recipe, overrides), resume=resume, runs=runs)
+
+
+@app.command()
+def plan(recipe: RecipeArgument, overrides: SetOption = []) -> None:  # noqa: B006 (as above)
+    """Print where every process of RECIPE would go on this machine, and what it asks for."""
+    roles = roles_of(load_recipe(recipe, overrides))
+    total = sum(role.count * role.num_cpus for role in roles)
+    table = Table("process", "node", "logical CPUs", "GPUs")
+    for slot in place(Cluster((Node("this machine", total),)), roles).slots:
+        table.add_row(f"{slot.role}[{slot.index}]", slot.node, f"{slot.num_cpus:g}", str(slot.num_gpus))
+    Terminal().print(table)
+
+
+@app.command()
+def doctor(runs: RunsOption = Path("runs")) -> None:
+    """Check whether this machine can run Miles; exit code 2 if it cannot."""
+    raise typer.Exit(doctor_checks.print_report(runs))
+
+
+def main() -> None:
+    """Run the command; every error of ours is one message on standard error and its own exit code."""
+    sys.exit(_guarded(lambda: app(standalone_mode=True)))
+
+
+def _guarded(command: Callable[[], object]) -> int:
+    try:
+        command()
+    except Interrupted as stop:
+        print(f"miles: {stop}", file=sys.stderr)  # noqa: T201 (an app speaks to a person)
+        return stop.exit_code
+    except MilesError as error:
+        print(f"miles: error: {error}", file=sys.stderr)  # noqa: T201
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("miles: stopped before the run began; there was nothing to save", file=sys.stderr)  # noqa: T201
+        return Interrupted.exit_code
+    except OSError as error:
+        traceback.print_exc()
+        print(f"miles: error: the operating system refused: {error}", file=sys.stderr)  # noqa: T201
+        return 1
+    return 0

@@ -1,0 +1,96 @@
+"""`miles run`: check, run, and say what happened."""
+
+import contextlib
+import json
+from collections.abc import Generator
+from pathlib import Path
+
+from miles_core import Interrupted, MilesError, Recipe
+from miles_core.observe import Console, read_metrics
+from miles_core.observe.plot import plot_rewards
+from miles_train.folders import resolve
+
+
+from miles_launch.prepare import prepare
+from miles_launch.run import Checkpoint, run
+from miles_launch.rundir import RunDir, find_run, new_run
+
+
+def launch(recipe: Recipe, *, resume: bool, runs: Path) -> None:
+    """Run a recipe from its checks to the exported model.
+
+    Args:
+        recipe: what to run.
+        resume: go on with the newest run of the recipe's name instead of starting one.
+        runs: folder that holds the folders of runs.
+
+    Raises:
+        MilesError: whatever ended it; what was done so far is on disk.
+    """
+    refuse_unfit_machine(runs)
+    prepared = prepare(recipe)
+    run_dir = find_run(runs, recipe) if resume else new_run(runs, recipe)
+    checkpoint = _checkpoint(run_dir) if resume else Checkpoint()
+    with Console(recipe.train.steps, checkpoint.step) as console:
+        _announce(console, recipe, run_dir, checkpoint)
+        with _ending(console, recipe, run_dir):
+            run(prepared, run_dir, checkpoint, console)
+
+
+def _checkpoint(run_dir: RunDir) -> Checkpoint:
+    """Where to go on; a run that died before its first checkpoint starts again from the beginning."""
+    path = resolve(run_dir.checkpoints) if (run_dir.checkpoints / "latest").is_file() else None
+    if path is None:
+        return Checkpoint()
+    state = json.loads((path / "trainer.json").read_text())["state"]
+    return Checkpoint(path, state["step"], state["weight_version"], state["cursor"])
+
+
+def _announce(console: Console, recipe: Recipe, run_dir: RunDir, checkpoint: Checkpoint) -> None:
+    if recipe.controls.shuffle_rewards:
+        console.banner("controls.shuffle_rewards: rewards are permuted among all samples, this run must not learn")
+    if recipe.controls.freeze_engine:
+        console.banner("controls.freeze_engine: weights are never pushed, the engine serves version 0 for ever")
+    where = f"resuming {run_dir.path} at step {checkpoint.step}" if checkpoint.step else f"run {run_dir.path}"
+    console.note(f"{where}: {recipe.train.steps} steps of {recipe.rollout.prompts_per_step} prompts × "
+                 f"{recipe.rollout.group_size} samples, model {recipe.model.path}")
+
+
+@contextlib.contextmanager
+def _ending(console: Console, recipe: Recipe, run_dir: RunDir) -> Generator[None]:
+    """Whatever ends the run, plot what there is and say how to go on."""
+    try:
+        yield
+    except Interrupted:
+        _plot(run_dir, recipe)
+        console.note(f"go on with the same command and --resume; so far: {run_dir.path}")
+        raise
+    except MilesError:
+        _plot(run_dir, recipe)
+        console.note(f"what was done so far is in {run_dir.path} (logs of every process in {run_dir.logs}); "
+                     "--resume goes on from the last checkpoint")
+        raise
+    _plot(run_dir, recipe)
+    for line in _summary(run_dir):
+        console.note(line)
+
+
+def _plot(run_dir: RunDir, recipe: Recipe) -> None:
+    records = read_metrics(run_dir.metrics) if run_dir.metrics.exists() else []
+    if records:
+        plot_rewards(records, run_dir.plot, recipe.name)
+
+
+def _summary(run_dir: RunDir) -> list[str]:
+    """Three lines: what was learned, where it is, what to try next."""
+    records = read_metrics(run_dir.metrics)
+    window = max(1, min(5, len(records) // 2))
+    first, last = (
+        sum(record["rollout/reward"] for record in part) / len(part) for part in (records[:window], records[-window:])
+    )
+    seconds = sum(record["perf/time/step"] for record in records)
+    return [
+        f"reward {first:.3f} -> {last:.3f} (means of the first and last {window} of {len(records)} steps, {seconds:.0f} s)",
+        f"model {run_dir.export}, curve {run_dir.plot}, samples {run_dir.samples}, metrics {run_dir.metrics}",
+        "next: the controls must not learn (--set controls.shuffle_rewards=true), other seeds must (--set seed=1)",
+    ]

@@ -1,0 +1,146 @@
+"""The driver's side of a run: the nouns of miles_core.loop over supervised actors."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from miles_core import Batch, ContractViolation, Group
+from miles_core.algorithms import Advantage
+from miles_core.batching import Reduction, make_batch, shard, split_minibatches
+from miles_core.cluster.actors import Crew, Member
+from miles_core.hooks import DataSource
+from miles_core.observe import PhaseClock
+from miles_core.queue import Lease
+from miles_core.types import Floats
+
+
+@dataclass(slots=True)
+class ActorRollout:
+    """Prompts to the worker, groups back through the queue, every one of them accounted for.
+
+    Attributes:
+        cursor: prompts handed out so far; where the data source goes on after a resume.
+        frozen: the engine keeps version 0 (a control).
+        metrics: of the last `generate`.
+    """
+
+    crew: Crew
+    worker: Member
+    queue: Member
+    source: DataSource
+    prompts_per_step: int
+    deadline_s: float
+    clock: PhaseClock
+    cursor: int
+    frozen: bool = False
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    _lease: Lease = Lease(-1, ())
+    _issued: int = 0
+    _trained: int = 0
+    _dropped: Counter[str] = field(default_factory=Counter)
+
+    async def generate(self, step: int) -> Sequence[Group]:
+        """Have one step's prompts answered and judged; raises what the worker raises when no group survives."""
+        with self.clock.phase("generate"):
+            prompts = self.source(self.cursor, self.prompts_per_step)
+            # Version k is what step k samples with; a frozen engine serves what it started with.
+            version = 0 if self.frozen else step
+            made = await self.crew.call(self.worker, "roll_out", step, version, prompts, deadline_s=self.deadline_s)
+            self._lease = await self.crew.call(self.queue, "take", made.num_groups, deadline_s=self.deadline_s)
+        self.cursor += len(prompts)
+        self._issued += len(prompts)
+        self._dropped.update(made.dropped)
+        dropped = {f"rollout/dropped/{reason}": count for reason, count in self._dropped.items()}
+        self.metrics = {**made.metrics, "rollout/dropped": self._dropped.total(), **dropped}
+        return self._lease.groups
+
+    async def acknowledge(self) -> None:
+        """Count the leased groups as trained and check that the sums match.
+
+        Raises:
+            ContractViolation: a prompt is neither trained on nor dropped with a reason.
+        """
+        await self.crew.call(self.queue, "acknowledge", self._lease.id, deadline_s=self.deadline_s)
+        self._trained += len(self._lease.groups)
+        if lost := self._issued - self._trained - self._dropped.total():
+            raise ContractViolation(
+                f"of {self._issued} groups {self._trained} were trained on and {dict(self._dropped)} dropped: "
+                f"{lost} are unaccounted for"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class GroupBatcher:
+    """Rewards to advantages to balanced shards.
+
+    Attributes:
+        shuffle_seed: permute the rewards of all samples of a step first (a control that must not learn); None does not.
+    """
+
+    advantage: Advantage
+    reduction: Reduction
+    num_minibatches: int
+    num_ranks: int
+    clock: PhaseClock
+    shuffle_seed: int | None = None
+
+    def build(self, step: int, groups: Sequence[Group]) -> Sequence[Sequence[Batch]]:
+        """Return minibatches, each one shard per rank."""
+        with self.clock.phase("batch"):
+            rewards = [group.rewards for group in groups]
+            if self.shuffle_seed is not None:
+                rewards = _shuffled(rewards, np.random.default_rng([self.shuffle_seed, step]))
+            batch = make_batch(groups, self.advantage(rewards), self.reduction)
+            return split_minibatches(shard(batch, self.num_ranks, self.num_minibatches), self.num_minibatches)
+
+
+def _shuffled(rewards: Sequence[Floats], generator: np.random.Generator) -> list[Floats]:
+    flat = generator.permutation(np.concatenate(rewards))
+    return list(np.split(flat, np.cumsum([len(group) for group in rewards])[:-1]))
+
+
+@dataclass(frozen=True, slots=True)
+class ActorTrainer:
+    """All trainer ranks as one."""
+
+    crew: Crew
+    ranks: Sequence[Member]
+    deadline_s: float
+    clock: PhaseClock
+
+    async def step(self, minibatches: Sequence[Sequence[Batch]]) -> Mapping[str, float]:
+        """Give every rank its shards; the metrics are equal on all ranks, rank 0's are returned."""
+        with self.clock.phase("train"):
+            arguments = [([shards[rank] for shards in minibatches],) for rank in range(len(self.ranks))]
+            return (await self.crew.call_all(self.ranks, "step", arguments, self.deadline_s))[0]
+
+    async def save(self, step: int, state: Mapping[str, object]) -> str:
+        """Write a checkpoint of the state after `step` steps; returns its folder."""
+        return (await self._all("save", step, state))[0]
+
+    async def export(self) -> str:
+        """Write and verify the Hugging Face directory; returns its folder."""
+        return (await self._all("export"))[0]
+
+    async def _all(self, method: str, *arguments: object) -> list[str]:
+        return await self.crew.call_all(self.ranks, method, [arguments] * len(self.ranks), self.deadline_s)
+
+
+@dataclass(frozen=True, slots=True)
+class ActorSync:
+    """Pushes from the trainer to every engine; a frozen engine keeps version 0 (a control that must not learn)."""
+
+    crew: Crew
+    ranks: Sequence[Member]
+    deadline_s: float
+    clock: PhaseClock
+    frozen: bool = False
+
+    async def push(self, weight_version: int) -> Mapping[str, float]:
+        """Push, verify, commit; every engine must echo the version and the digest."""
+        if self.frozen:
+            return {"sync/bytes": 0, "sync/version": 0}
+        with self.clock.phase("sync"):
+            arguments = [(weight_version,)] * len(self.ranks)
+            return (await self.crew.call_all(self.ranks, "push", arguments, self.deadline_s))[0]
