@@ -5,7 +5,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import settings
+
 from miles_core import Group, Prompt, Sample, VersionSpan
+
+settings.register_profile("core", deadline=None)  # how long an example takes says nothing on a busy machine
+settings.load_profile("core")
 
 
 def _make_sample(prompt_len: int = 2, response_len: int = 3, reward: float = 0.0, **changes: Any) -> Sample:

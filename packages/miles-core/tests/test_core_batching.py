@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from miles_core import Batch, Group, InputError, Prompt, RolloutError, Sample, VersionSpan
 from miles_core.algorithms import grpo
 from miles_core.batching import Reduction, make_batch, shard, split_minibatches
@@ -66,8 +67,12 @@ def rows(batch: Batch) -> list[tuple[Any, ...]]:
     starts = batch.offsets
     columns = (batch.tokens, batch.loss_mask, batch.rollout_logprobs, batch.advantages)
     return [
-        (int(batch.group_index[i]), float(batch.rewards[i]), int(batch.versions[i]))
-        + tuple(tuple(column[starts[i] : starts[i + 1]].tolist()) for column in columns)
+        (
+            int(batch.group_index[i]),
+            float(batch.rewards[i]),
+            int(batch.versions[i]),
+            *(tuple(column[starts[i] : starts[i + 1]].tolist()) for column in columns),
+        )
         for i in range(len(batch.lengths))
     ]
 

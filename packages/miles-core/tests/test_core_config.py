@@ -4,8 +4,9 @@ from typing import Any
 
 import pytest
 import tomli_w
-from miles_core import InputError, Recipe, check_recipe, load_recipe
 from pydantic import ValidationError
+
+from miles_core import InputError, Recipe, check_recipe, load_recipe
 
 MINIMAL = """
 name = "tiny"

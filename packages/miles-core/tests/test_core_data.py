@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from miles_core import HookSpec, InputError
 from miles_core.data import epoch_order, file_prompts
 from miles_core.hooks import DataSource, bind

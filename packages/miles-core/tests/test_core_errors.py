@@ -1,7 +1,8 @@
 import pickle
 
-import miles_core
 import pytest
+
+import miles_core
 from miles_core import InputError, MilesError
 
 

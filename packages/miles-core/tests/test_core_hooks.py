@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from miles_core import HookSpec, InputError
 from miles_core.hooks import DataSource, Reward, SampleFilter, bind, load_hook, load_object
 
@@ -61,7 +62,7 @@ def test_a_module_that_cannot_be_read_is_refused(user_module: str):
 
 
 def test_a_missing_attribute_is_refused_and_the_others_named(user_module: str):
-    with pytest.raises(InputError, match="It has: .*lonely, score"):
+    with pytest.raises(InputError, match=r"It has: .*lonely, score"):
         load(f"{user_module}:scroe")
 
 

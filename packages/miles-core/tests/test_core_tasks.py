@@ -3,6 +3,7 @@ from collections import Counter
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from miles_core.hooks import DataSource
 from miles_core.tasks import copy_digits, largest_number
 

@@ -113,7 +113,7 @@ def load_object(name: str, setting: str) -> Any:
         raise InputError(setting, name, 'code is named "package.module:name"', "Add the module or the attribute.")
     try:
         module = importlib.import_module(module_name)
-    except Exception as error:  # noqa: BLE001 (a user's module may raise anything)
+    except Exception as error:  # a user's module may raise anything
         rule = f"the module cannot be imported ({type(error).__name__}: {error})"
         raise InputError(setting, name, rule, "Install it, set PYTHONPATH, or mend it.") from error
     try:

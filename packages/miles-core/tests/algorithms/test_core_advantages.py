@@ -2,9 +2,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from numpy.typing import NDArray
+
 from miles_core.algorithms import grpo
 from miles_core.algorithms.advantages import EPS
-from numpy.typing import NDArray
 
 REWARDS = st.lists(st.floats(-100, 100, width=32), min_size=1, max_size=16)
 

@@ -4,8 +4,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from miles_core.algorithms.losses import LossInputs, PPOClip
 from torch import Tensor
+
+from miles_core.algorithms.losses import LossInputs, PPOClip
 
 torch.set_num_threads(1)
 
@@ -24,7 +25,7 @@ def inputs(ratios: list[float], advantages: list[float], entropy: Tensor | None 
     )
 
 
-# ratio, advantage, loss and gradient of the loss by logprobs (d ratio / d logprobs = ratio), with the clip at 0.8 and 1.28
+# ratio, advantage, loss, gradient of the loss by logprobs (d ratio / d logprobs = ratio); the clip is at 0.8 and 1.28
 WORKED = [
     (1.0, 2.0, -2.0, -2.0),  # on policy: the plain policy gradient
     (1.0, -2.0, 2.0, 2.0),

@@ -27,8 +27,9 @@ def plot_rewards(records: Sequence[Mapping[str, Any]], path: Path, title: str) -
     axes = figure.add_subplot()
     for name, label in _CURVES.items():
         points = [(record["step"], record[name]) for record in records if record.get(name) is not None]
-        if points:
-            axes.plot(*zip(*points, strict=True), label=label, marker="." if len(points) < 50 else None)
+        if points or name == "rollout/reward":
+            steps, values = [step for step, _ in points], [value for _, value in points]
+            axes.plot(steps, values, label=label, marker="." if len(points) < 50 else None)
     axes.set(title=title, xlabel="step", ylabel="mean over the samples of a step")
     axes.grid(alpha=0.3)
     axes.legend()
