@@ -3,7 +3,6 @@
 Each process imports only its own engine, inside its methods' room: importing this module imports none.
 """
 
-import asyncio
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,11 +12,10 @@ from typing import TYPE_CHECKING, Any
 from miles_core import Batch, Group, HookSpec, InputError, Prompt, Recipe
 from miles_core.cluster.actors import Member
 from miles_core.hooks import Reward, SampleFilter, load_hook, load_object
-
 from miles_launch.prepare import TRAINER_HOOKS
 
 if TYPE_CHECKING:
-    from miles_rollout.sglang import EngineAddress, SGLangServer
+    from miles_rollout.sglang import EngineAddress
     from miles_rollout.worker import RolloutWorker
     from miles_sync import WeightSync
 
@@ -89,7 +87,9 @@ class WorkerActor:
         self._recipe = recipe
         self._tokenizer = Tokenizer(model_path)
         spec = recipe.hooks.sample_filter
-        self._filter: SampleFilter | None = None if spec is None else load_hook(spec, "hooks.sample_filter", SampleFilter)
+        self._filter: SampleFilter | None = (
+            None if spec is None else load_hook(spec, "hooks.sample_filter", SampleFilter)
+        )
         self._judge = _judge(recipe)
         self._worker: RolloutWorker | None = None
         self._queue: Member | None = None
@@ -102,9 +102,7 @@ class WorkerActor:
         from miles_rollout.worker import RolloutWorker, WorkerSettings  # noqa: PLC0415
 
         rollout = self._recipe.rollout
-        engine = SGLangEngine(
-            address, max_retries=rollout.max_retries, request_deadline_s=rollout.request_deadline_s
-        )
+        engine = SGLangEngine(address, max_retries=rollout.max_retries, request_deadline_s=rollout.request_deadline_s)
         sampling = SamplingParams(
             rollout.max_new_tokens, rollout.temperature, rollout.top_p, stop_token_ids=self._tokenizer.stop_token_ids
         )
@@ -120,7 +118,11 @@ class WorkerActor:
         dropped = dict(made.dropped_reasons)
         kept = [group for group in made.groups if not self._filtered(group, dropped)]
         await self._queue.ask("put", kept)
-        return Made(len(kept), dropped, {"perf/time/generate/engine": made.generate_s, "perf/time/generate/reward": made.reward_s})
+        return Made(
+            len(kept),
+            dropped,
+            {"perf/time/generate/engine": made.generate_s, "perf/time/generate/reward": made.reward_s},
+        )
 
     async def close(self) -> None:
         """End the reward processes and let go of connections."""
@@ -162,6 +164,7 @@ class TrainerActor:
     ):
         """Build the model with its weights, or continue from a checkpoint."""
         import torch  # noqa: PLC0415 (its own process alone)
+
         from miles_train.megatron.runtime import Address  # noqa: PLC0415
         from miles_train.megatron.trainer import Hooks, MegatronTrainer  # noqa: PLC0415
 
@@ -169,7 +172,9 @@ class TrainerActor:
         self._recipe, self._rank, self._run_path, self._sync_token = recipe, rank, Path(run_path), sync_token
         specs = {name: getattr(recipe.hooks, name) for name in TRAINER_HOOKS}
         loaded = {
-            name: load_hook(spec, f"hooks.{name}", TRAINER_HOOKS[name]) for name, spec in specs.items() if spec is not None
+            name: load_hook(spec, f"hooks.{name}", TRAINER_HOOKS[name])
+            for name, spec in specs.items()
+            if spec is not None
         }
         self._trainer = MegatronTrainer(
             model_path,
@@ -237,4 +242,6 @@ def _build_loss(spec: HookSpec) -> Any:
     try:
         return code(**spec.params)
     except (TypeError, ValueError) as error:
-        raise InputError("algorithm.loss", dict(spec.params), f"{spec.name}: {error}", "Change its parameters.") from None
+        raise InputError(
+            "algorithm.loss", dict(spec.params), f"{spec.name}: {error}", "Change its parameters."
+        ) from None

@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from miles_core import Interrupted, MilesError, load_recipe
-from miles_core.cluster import Cluster, Node, place
 from rich.console import Console as Terminal
 from rich.table import Table
 
-
+from miles_core import Interrupted, MilesError, load_recipe
+from miles_core.cluster import Cluster, Node, place
+from miles_core.config import DEFAULT_DASHBOARD_PORT
+from miles_launch.doctor import print_report
 from miles_launch.launch import launch
 from miles_launch.run import roles_of
 
@@ -48,7 +49,7 @@ def plan(recipe: RecipeArgument, overrides: SetOption = []) -> None:  # noqa: B0
 @app.command()
 def doctor(runs: RunsOption = Path("runs")) -> None:
     """Check whether this machine can run Miles; exit code 2 if it cannot."""
-    raise typer.Exit(doctor_checks.print_report(runs))
+    raise typer.Exit(print_report(runs, {"cluster.dashboard_port": DEFAULT_DASHBOARD_PORT}))
 
 
 def main() -> None:

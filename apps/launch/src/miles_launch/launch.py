@@ -8,12 +8,11 @@ from pathlib import Path
 from miles_core import Interrupted, MilesError, Recipe
 from miles_core.observe import Console, read_metrics
 from miles_core.observe.plot import plot_rewards
-from miles_train.folders import resolve
-
-
+from miles_launch.doctor import refuse_unfit_machine
 from miles_launch.prepare import prepare
 from miles_launch.run import Checkpoint, run
 from miles_launch.rundir import RunDir, find_run, new_run
+from miles_train.folders import resolve
 
 
 def launch(recipe: Recipe, *, resume: bool, runs: Path) -> None:
@@ -27,14 +26,22 @@ def launch(recipe: Recipe, *, resume: bool, runs: Path) -> None:
     Raises:
         MilesError: whatever ended it; what was done so far is on disk.
     """
-    refuse_unfit_machine(runs)
+    warnings = refuse_unfit_machine(runs, ports_of(recipe))
     prepared = prepare(recipe)
     run_dir = find_run(runs, recipe) if resume else new_run(runs, recipe)
     checkpoint = _checkpoint(run_dir) if resume else Checkpoint()
     with Console(recipe.train.steps, checkpoint.step) as console:
+        for warning in warnings:
+            console.note(f"warning: {warning.name} is {warning.value}, should be {warning.rule}. {warning.way_out}")
         _announce(console, recipe, run_dir, checkpoint)
         with _ending(console, recipe, run_dir):
             run(prepared, run_dir, checkpoint, console)
+
+
+def ports_of(recipe: Recipe) -> dict[str, int]:
+    """Loopback ports that a run listens on, by the recipe key that sets them."""
+    joins_a_cluster = bool(recipe.cluster.address)
+    return {"cluster.dashboard_port": 0 if joins_a_cluster else recipe.cluster.dashboard_port}
 
 
 def _checkpoint(run_dir: RunDir) -> Checkpoint:
@@ -52,8 +59,10 @@ def _announce(console: Console, recipe: Recipe, run_dir: RunDir, checkpoint: Che
     if recipe.controls.freeze_engine:
         console.banner("controls.freeze_engine: weights are never pushed, the engine serves version 0 for ever")
     where = f"resuming {run_dir.path} at step {checkpoint.step}" if checkpoint.step else f"run {run_dir.path}"
-    console.note(f"{where}: {recipe.train.steps} steps of {recipe.rollout.prompts_per_step} prompts × "
-                 f"{recipe.rollout.group_size} samples, model {recipe.model.path}")
+    console.note(
+        f"{where}: {recipe.train.steps} steps of {recipe.rollout.prompts_per_step} prompts × "
+        f"{recipe.rollout.group_size} samples, model {recipe.model.path}"
+    )
 
 
 @contextlib.contextmanager
@@ -67,8 +76,10 @@ def _ending(console: Console, recipe: Recipe, run_dir: RunDir) -> Generator[None
         raise
     except MilesError:
         _plot(run_dir, recipe)
-        console.note(f"what was done so far is in {run_dir.path} (logs of every process in {run_dir.logs}); "
-                     "--resume goes on from the last checkpoint")
+        console.note(
+            f"what was done so far is in {run_dir.path} (logs of every process in {run_dir.logs}); "
+            "--resume goes on from the last checkpoint"
+        )
         raise
     _plot(run_dir, recipe)
     for line in _summary(run_dir):
@@ -90,7 +101,7 @@ def _summary(run_dir: RunDir) -> list[str]:
     )
     seconds = sum(record["perf/time/step"] for record in records)
     return [
-        f"reward {first:.3f} -> {last:.3f} (means of the first and last {window} of {len(records)} steps, {seconds:.0f} s)",
+        f"reward {first:.3f} -> {last:.3f}: means of the first and last {window} of {len(records)} steps, {seconds:.0f} s",
         f"model {run_dir.export}, curve {run_dir.plot}, samples {run_dir.samples}, metrics {run_dir.metrics}",
         "next: the controls must not learn (--set controls.shuffle_rewards=true), other seeds must (--set seed=1)",
     ]

@@ -23,10 +23,9 @@ from miles_core.hooks import (
     load_hook,
     load_object,
 )
+from miles_launch.recorder import DriverHooks
 from miles_rollout.sglang.arguments import check_arguments
 from miles_train.megatron.settings import check_settings
-
-from miles_launch.recorder import DriverHooks
 
 # Where the trainer's and the engine's arithmetic differ by rounding alone; measured gaps are 10 to 100 times smaller.
 DEFAULT_GAP = {"float32": 1e-3, "bfloat16": 0.03}

@@ -8,7 +8,6 @@ from typing import Any
 
 from miles_core import Group, Interrupted, StepReport
 from miles_core.observe import MetricsLog, PhaseClock, rollout_metrics, write_samples
-
 from miles_launch.roles import ActorRollout, ActorTrainer
 
 

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+
 from miles_core import Batch, ContractViolation, Group
 from miles_core.algorithms import Advantage
 from miles_core.batching import Reduction, make_batch, shard, split_minibatches
@@ -35,7 +36,7 @@ class ActorRollout:
     cursor: int
     frozen: bool = False
     metrics: Mapping[str, float] = field(default_factory=dict)
-    _lease: Lease = Lease(-1, ())
+    _lease: Lease = field(default_factory=lambda: Lease(-1, ()))
     _issued: int = 0
     _trained: int = 0
     _dropped: Counter[str] = field(default_factory=Counter)

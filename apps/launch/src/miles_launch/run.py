@@ -20,7 +20,6 @@ from miles_core.cluster.warden import warden
 from miles_core.loop import LogprobGap, Run, train
 from miles_core.observe import Console, MetricsLog, PhaseClock, Sink, TraceFile
 from miles_core.observe.sinks import TensorBoardSink, WandbSink
-
 from miles_launch.prepare import Prepared
 from miles_launch.recorder import RunRecorder
 from miles_launch.roles import ActorRollout, ActorSync, ActorTrainer, GroupBatcher

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import tomli_w
+
 from miles_core import InputError, Recipe, load_recipe
 
 REPORTED_PACKAGES = (

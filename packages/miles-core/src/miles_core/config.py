@@ -14,6 +14,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from miles_core.errors import InputError
 
+DEFAULT_DASHBOARD_PORT = 8265  # Ray's own
+
 
 class Section(BaseModel):
     """A table of the recipe: immutable, no unknown keys, no guessing of types ("12" and true are no numbers)."""
@@ -172,7 +174,7 @@ class SyncSection(Section):
         deadline_s: seconds that any stage of one push may take.
     """
 
-    transport: str = "auto"
+    transport: Literal["auto", "shm", "gloo"] = "auto"
     deadline_s: float = Field(120.0, gt=0)
 
 
@@ -239,7 +241,7 @@ class ClusterSection(Section):
     """
 
     address: str = ""
-    dashboard_port: int = Field(8265, ge=0, le=65535)
+    dashboard_port: int = Field(DEFAULT_DASHBOARD_PORT, ge=0, le=65535)
     start_deadline_s: float = Field(300.0, gt=0)
 
 

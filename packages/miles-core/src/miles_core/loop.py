@@ -116,6 +116,6 @@ class LogprobGap:
             raise ContractViolation(
                 f"trainer and engine disagree at step {step}: mean |logprob difference| {gap:.3g} exceeds the bound "
                 f"contracts.max_logprob_gap = {self.bound:g} ({where or 'no detail'}). The same weights were pushed "
-                "just before, so the two compute different models: check dtype, rope and norm settings and the sampling "
-                "temperature; raise the bound only if you know the reason. Nothing was published."
+                "just before, so the two compute different models: check dtype, rope and norm settings and the "
+                "sampling temperature; raise the bound only if you know the reason. Nothing was published."
             )

@@ -21,7 +21,9 @@ METRICS = {
 
 def drawn(is_terminal: bool, width: int = 120) -> tuple[rich.console.Console, io.StringIO]:
     text = io.StringIO()
-    return rich.console.Console(file=text, force_terminal=is_terminal, width=width, color_system=None), text
+    return rich.console.Console(
+        file=text, force_terminal=is_terminal, width=width, color_system=None, _environ={"TERM": "xterm"}
+    ), text
 
 
 def last_picture(text: str) -> str:

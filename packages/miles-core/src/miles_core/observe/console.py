@@ -54,8 +54,9 @@ class Console:
             TextColumn("{task.fields[left]}  {task.fields[status]}", markup=False),
             console=self._console,
         )
+        can_redraw = self._console.is_terminal and not self._console.is_dumb_terminal
         self._task = self._progress.add_task("step", total=total_steps, completed=start_step, status="", left="")
-        self._live = Live(console=self._console, refresh_per_second=4) if self._console.is_terminal else None
+        self._live = Live(console=self._console, refresh_per_second=4) if can_redraw else None
 
     def __enter__(self) -> Self:
         """Start drawing."""
