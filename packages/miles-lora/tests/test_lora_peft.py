@@ -274,6 +274,14 @@ def test_nothing_is_overwritten(tmp_path):
     assert sorted(path.name for path in tmp_path.rglob("*") if path.name.startswith(".")) == []
 
 
+def test_others_may_read_it(tmp_path):
+    """Permissions are those of any new file: an engine may run as another user."""
+    save_peft(ours(LoraConfig(rank=4, alpha=8, targets=NAMES)), tmp_path / "adapter")
+    (tmp_path / "plain").write_text("")
+    for file in FILES:
+        assert (tmp_path / "adapter" / file).stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
 SAVER = """
 import itertools, sys, torch
 from miles_lora import LoraConfig, attach, save_peft

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from miles_lora.config import LoraConfig
@@ -67,7 +67,8 @@ def save_peft(model: nn.Module, directory: str | Path) -> None:
     staging = directory.with_name(f".{directory.name}.{uuid.uuid4().hex}")
     staging.mkdir()
     try:
-        save_file(tensors, staging / TENSORS_FILE, metadata={"format": "pt"})
+        # Not save_file: it makes the file unreadable for other users, an engine's among them.
+        (staging / TENSORS_FILE).write_bytes(save(tensors, metadata={"format": "pt"}))
         (staging / CONFIG_FILE).write_text(config)
         for path in (staging / TENSORS_FILE, staging / CONFIG_FILE, staging):
             _flush(path)
