@@ -28,7 +28,7 @@ from miles_sync.sources import Source
 from miles_sync.sync import WeightSync
 from miles_sync.targets import ReceiverTarget, Target
 
-__all__ = [
+__all__ = [  # noqa: RUF022 - grouped
     # sending
     "WeightSync",
     "Target",

@@ -1,7 +1,7 @@
 """Buckets: the flat buffer cut into bounded pieces, and the packing of tensors into them.
 
-Offsets come from the manifest and are computed once per layout; a bucket is a range of the flat buffer, not a list of tensors, so a
-tensor larger than a bucket simply spans several.
+Offsets come from the manifest and are computed once per layout; a bucket is a range of the flat buffer, not a
+list of tensors, so a tensor larger than a bucket simply spans several.
 """
 
 from __future__ import annotations
@@ -38,10 +38,7 @@ def cut(total_bytes: int, bucket_bytes: int = BUCKET_BYTES) -> tuple[Bucket, ...
     if bucket_bytes <= 0 or bucket_bytes % CHUNK_BYTES:
         raise ValueError(f"bucket_bytes={bucket_bytes} must be a positive multiple of {CHUNK_BYTES}")
     starts = range(0, total_bytes, bucket_bytes)
-    return tuple(
-        Bucket(index, start, min(start + bucket_bytes, total_bytes))
-        for index, start in enumerate(starts)
-    )
+    return tuple(Bucket(index, start, min(start + bucket_bytes, total_bytes)) for index, start in enumerate(starts))
 
 
 def pack(
@@ -80,9 +77,7 @@ def pack(
     yield bucket, buffer
 
 
-def _runs(
-    manifest: Manifest, tensors: Iterable[tuple[str, torch.Tensor]]
-) -> Iterator[tuple[int, torch.Tensor]]:
+def _runs(manifest: Manifest, tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[int, torch.Tensor]]:
     """The flat buffer as (position, bytes): each tensor, then the zero bytes up to the next boundary."""
     zeros = torch.zeros(ALIGNMENT, dtype=torch.uint8)
     source = iter(tensors)

@@ -6,12 +6,14 @@ Handshake (dialer D, listener L, token K; each side proves that it holds K, neit
     D ─▶ L   magic, nonce_D, HMAC(K, "dialer" nonce_L nonce_D)
     L ─▶ D   HMAC(K, "listener" nonce_L nonce_D)        or closes: the tokens differ
 
-Then frames, each way: length (4 bytes), HMAC-SHA256 over direction, sequence number and payload, payload. The frame key is
-HMAC(K, "frames" nonce_L nonce_D), so a frame can be neither forged, nor replayed, nor moved. Nothing is encrypted.
+Then frames, each way: length (4 bytes), HMAC-SHA256 over direction, sequence number and payload, payload. The
+frame key is HMAC(K, "frames" nonce_L nonce_D), so a frame can be neither forged, nor replayed, nor moved.
+Nothing is encrypted.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hmac
 import secrets
 import select
@@ -114,10 +116,8 @@ class Channel:
 
     def close(self) -> None:
         """End the connection; the peer sees it at once."""
-        try:
+        with contextlib.suppress(OSError):  # the peer was faster
             self._sock.shutdown(socket.SHUT_RDWR)
-        except OSError:
-            pass  # the peer was faster
         self._sock.close()
 
     def _read(self, count: int, deadline: Deadline, stage: str) -> bytes:

@@ -1,18 +1,19 @@
 """A digest over every byte and its position, in torch integer operations.
 
-Why not a cryptographic hash: on one core SHA-256 and BLAKE2 read 1 to 2 GB/s and neither runs on a device. This digest
-is for corruption and programming errors, not for adversaries (the token keeps those out); it has 128 bits, of
-which any local change passes through at least 64.
+Why not a cryptographic hash: on one core SHA-256 and BLAKE2 read 1 to 2 GB/s and neither runs on a device. This
+digest is for corruption and programming errors, not for adversaries (the token keeps those out); it has 128
+bits, of which any local change passes through at least 64.
 
-The flat buffer is read as little-endian int64 words, in chunks of `ROWS` rows of `LANES` words. Within a chunk each lane is a
-chain, in int64 arithmetic modulo 2^64:
+The flat buffer is read as little-endian int64 words, in chunks of `ROWS` rows of `LANES` words. Within a chunk
+each lane is a chain, in int64 arithmetic modulo 2^64:
 
     acc[j] = seed[j];   per row r:   acc[j] = (acc[j] ^ word[r, j]) * M;   acc[j] ^= acc[j] >> 32
 
-M is odd, so one changed word always changes its lane before the shift. The shift brings high bits down: without it two flipped sign
-bits cancel in any sum or product modulo 2^64. Then each lane is mixed with its global position (chunk and lane) and all are summed,
-so chunks may be read in any order, by any thread or device, and a moved chunk still changes the sum. Trailing zero bytes are told
-apart by the length, names and shapes by the manifest's layout id: both enter the final hash, BLAKE2b over 48 bytes.
+M is odd, so one changed word always changes its lane before the shift. The shift brings high bits down: without
+it two flipped sign bits cancel in any sum or product modulo 2^64. Then each lane is mixed with its global
+position (chunk and lane) and all are summed, so chunks may be read in any order, by any thread or device, and a
+moved chunk still changes the sum. Trailing zero bytes are told apart by the length, names and shapes by the
+manifest's layout id: both enter the final hash, BLAKE2b over 48 bytes.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ import hashlib
 import torch
 
 LANES = 1 << 14
-"""Words side by side. 128 KiB of accumulators stay in a core's second-level cache: 6.5 GB/s measured there, 5.0 at half of it."""
+"""Words side by side: 128 KiB of accumulators stay in a core's second-level cache (half of it measured a
+quarter slower, the overhead of each call weighs more)."""
 
 ROWS = 64
 """Steps of a chain, so that many chunks can run side by side where there are many cores."""
@@ -66,9 +68,7 @@ class Digest:
                 last piece of a buffer may be other than a multiple of `CHUNK_BYTES` long.
         """
         if start % CHUNK_BYTES or piece.numel() % 8:
-            raise ValueError(
-                f"start={start} must be a multiple of {CHUNK_BYTES}, length {piece.numel()} of 8"
-            )
+            raise ValueError(f"start={start} must be a multiple of {CHUNK_BYTES}, length {piece.numel()} of 8")
         words = piece.view(torch.int64)
         per_chunk = LANES * ROWS
         for first in range(0, words.numel(), per_chunk):

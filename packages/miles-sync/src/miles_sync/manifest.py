@@ -164,9 +164,7 @@ def check(manifest: Manifest) -> None:
 def views(entries: Iterable[Entry], flat: torch.Tensor) -> dict[str, torch.Tensor]:
     """Cut the flat buffer (uint8, `[total_bytes]`) into the tensors it holds: views, no copies."""
     return {
-        entry.name: flat[entry.offset : entry.offset + entry.nbytes]
-        .view(DTYPES[entry.dtype])
-        .view(entry.shape)
+        entry.name: flat[entry.offset : entry.offset + entry.nbytes].view(DTYPES[entry.dtype]).view(entry.shape)
         for entry in entries
     }
 

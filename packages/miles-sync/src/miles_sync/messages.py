@@ -2,16 +2,18 @@
 
 The receiver's side of a transaction; the sender's calls on the arrows, in its words:
 
-            Begin             Prepare             Attach            Bucket *           Verify             Commit
-    IDLE ──────────▶ BEGUN ───────────▶ PREPARED ─────────▶ RECEIVING ────────▶ RECEIVING ────────▶ VERIFIED ─────────▶ IDLE
-     ▲                 │                   │                   │                   │                  │        version = new
-     └─────────────────┴───────────────────┴───────────────────┴───────────────────┘◀─────────────────┘
-         Abort, or an error, or the connection's end, or silence beyond the deadline: version and weights unchanged
+          Begin         Prepare            Attach, Bucket *           Verify            Commit
+    IDLE ────────▶ BEGUN ───────▶ PREPARED ────────────────▶ RECEIVING ───────▶ VERIFIED ───────▶ IDLE
+     ▲               │               │                           │                 │      version = new
+     └───────────────┴───────────────┴───────────────────────────┴─────────────────┘
+       Abort, an error, the connection's end, or silence beyond the deadline: weights and version unchanged
 
 - Begin carries the manifest without its digest. The receiver compares it with what it holds and allocates staging.
-- Prepare has the receiver's owner check that the tensors fit the weights, changing nothing. Asked for only where the layout is new.
+- Prepare has the receiver's owner check that the tensors fit the weights, changing nothing. Asked for only where
+  the layout is new.
 - Attach opens the transport; asked for only where it is not open yet.
-- Bucket says that a range of the flat buffer is on its way. It is not answered; a failure is answered once, and the rest ignored.
+- Bucket says that a range of the flat buffer is on its way. It is not answered; a failure is answered once, and
+  the rest ignored.
 - Verify carries the sender's digest; the receiver compares the digest of what it staged.
 - Commit alone changes weights. Prepare and Commit may instead reach the receiver through its owner (an engine's
   main loop); they are answered here all the same.
@@ -132,6 +134,4 @@ class State(_Tagged, frozen=True):
     dirty: bool
 
 
-Message = (
-    Begin | Prepare | Attach | Bucket | Verify | Commit | Abort | Probe | Ask | Done | Refused | State
-)
+Message = Begin | Prepare | Attach | Bucket | Verify | Commit | Abort | Probe | Ask | Done | Refused | State

@@ -1,9 +1,9 @@
 """Rehearsing a model's own `load_weights`: everything runs but the writes.
 
-A model's loader is the only one that knows how source tensors become its parameters (fused, sliced, padded). Run under a dispatch mode,
-each operation that would write into a parameter is noted, with the bytes it would write and the sources it would
-read, and skipped. What was noted shows before any change which sources the loader ignores (it warns at most), which
-parameters would stay old, and any shape it refuses.
+A model's loader is the only one that knows how source tensors become its parameters (fused, sliced, padded).
+Run under a dispatch mode, each operation that would write into a parameter is noted, with the bytes it would
+write and the sources it would read, and skipped. What was noted shows before any change which sources the
+loader ignores (it warns at most), which parameters would stay old, and any shape it refuses.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: PLC2701 - where torch documents it
+from torch.utils._pytree import tree_leaves  # noqa: PLC2701 - what dispatch modes use
 
 from miles_sync.errors import MismatchError
 
@@ -50,9 +50,7 @@ def rehearse(model: torch.nn.Module, sources: Mapping[str, torch.Tensor]) -> Reh
         with watch:
             model.load_weights(list(sources.items()))  # type: ignore[operator]
     except Exception as error:
-        raise MismatchError(
-            f"the model's loader objects: {type(error).__name__}: {error}", stage="begin"
-        ) from error
+        raise MismatchError(f"the model's loader objects: {type(error).__name__}: {error}", stage="begin") from error
     finally:
         for name, parameter in parameters.items():
             if parameter.data_ptr() != data[name].data_ptr():
@@ -70,9 +68,7 @@ class _Watch(TorchDispatchMode):
         read: Names of the sources that reached a parameter, or left torch as a number.
     """
 
-    def __init__(
-        self, parameters: Iterable[torch.Tensor], sources: Mapping[str, torch.Tensor]
-    ) -> None:
+    def __init__(self, parameters: Iterable[torch.Tensor], sources: Mapping[str, torch.Tensor]) -> None:
         super().__init__()
         self.read = {name for name, tensor in sources.items() if not tensor.numel()}
         self._written = {_storage(p): _Extents() for p in parameters}
@@ -85,9 +81,7 @@ class _Watch(TorchDispatchMode):
         """Whether every element of a parameter would be written."""
         return not parameter.numel() or self._written[_storage(parameter)].cover(parameter)
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         inputs = _tensors((args, kwargs))
         origins = set[str]().union(*(self._origins(tensor) for tensor in inputs))
@@ -127,7 +121,7 @@ class _Extents:
 
     def add(self, target: torch.Tensor) -> None:
         if target.is_contiguous():
-            start = target.storage_offset()
+            start = int(target.storage_offset())
             self._ranges.append((start, start + target.numel()))
         else:
             if self._flags is None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-STAGES = ("begin", "transfer", "verify", "commit")
+STAGES: tuple[str, ...] = ("begin", "transfer", "verify", "commit")
 
 
 @dataclass(frozen=True)

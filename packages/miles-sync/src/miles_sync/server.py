@@ -71,9 +71,7 @@ class ReceiverServer:
                 return
             # One thread per connection: a second sender must hear that the receiver is busy.
             peer = f"{address[0]}:{address[1]}"
-            threading.Thread(
-                target=self._converse, args=(sock, peer), name=f"miles-sync-{peer}", daemon=True
-            ).start()
+            threading.Thread(target=self._converse, args=(sock, peer), name=f"miles-sync-{peer}", daemon=True).start()
 
     def _converse(self, sock: socket.socket, peer: str) -> None:
         try:

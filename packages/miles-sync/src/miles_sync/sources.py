@@ -7,7 +7,7 @@ that gathers shards on the fly passes its own and never holds the whole model.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Protocol, runtime_checkable
+from typing import Protocol, cast, runtime_checkable
 
 import torch
 
@@ -62,16 +62,13 @@ def named_weights(module: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def as_source(
-    weights: torch.nn.Module
-    | Mapping[str, torch.Tensor]
-    | Source
-    | Iterable[tuple[str, torch.Tensor]],
+    weights: torch.nn.Module | Mapping[str, torch.Tensor] | Source | Iterable[tuple[str, torch.Tensor]],
 ) -> Source:
     """Take a module, a mapping, a `Source` or an iterable of (name, tensor) as a `Source`."""
     if isinstance(weights, torch.nn.Module):
         return NamedTensors(named_weights(weights).items())
     if isinstance(weights, Mapping):
-        return NamedTensors(weights.items())
+        return NamedTensors(cast(Mapping[str, torch.Tensor], weights).items())
     if isinstance(weights, Source):
         return weights
     return NamedTensors(weights)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Mapping
 
 import torch
 
 from miles_sync import manifest as manifests
-from miles_sync.buckets import BUCKET_BYTES
 from miles_sync.channel import Channel, Deadline
 from miles_sync.digest import CHUNK_BYTES, Digest
 from miles_sync.errors import (
@@ -46,7 +46,8 @@ from miles_sync.transports.shm import ShmInlet, read_probe
 _log = logging.getLogger(__name__)
 
 MAX_DEADLINE_S = 24 * 3600.0
-_NOTICE_S = 1.0  # how often an idle connection looks whether it is still the receiver's
+_NOTICE_S = 1.0  # how often a connection looks whether the sender was silent for too long
+_LEAVE_S = 1.0  # how long a newcomer waits for a connection that is about to end
 
 IDLE, BEGUN, PREPARED, RECEIVING, VERIFIED = "idle", "begun", "prepared", "receiving", "verified"
 
@@ -54,8 +55,8 @@ IDLE, BEGUN, PREPARED, RECEIVING, VERIFIED = "idle", "begun", "prepared", "recei
 class Staging:
     """One receiver's transactions: at most one sender, at most one transaction, the committed version.
 
-    It outlives connections: a sender that comes back finds version, digest and layout. Calls may come from the connection's thread
-    and from the thread that owns the weights; each holds the lock for its duration.
+    It outlives connections: a sender that comes back finds version, digest and layout. Calls may come from the
+    connection's thread and from the thread that owns the weights; each holds the lock for its duration.
 
     Args:
         receiver: Whose weights change.
@@ -110,16 +111,24 @@ class Staging:
             channel.close()
 
     def _welcome(self, channel: Channel, deadline_s: float) -> None:
-        with self._lock:
-            busy = self._channel
-            if busy is None:
-                self._channel = channel
-                self._patience = min(deadline_s, MAX_DEADLINE_S)
+        # A sender that restarts may be back before the thread of its old connection has seen that one end.
+        waiting = Deadline(_LEAVE_S)
+        while (busy := self._claim(channel, deadline_s)) is not None and waiting.left():
+            time.sleep(0.02)
         if busy is not None:
             reason = f"{self._name} is connected to the sender {busy.peer}: close that one first"
             channel.send(_refusal("Connect", BusyError(reason, stage="connect")), Deadline(5), "connect")
             raise BusyError(reason, stage="connect", peer=channel.peer)
         channel.send(self.state(recompute=False), Deadline(deadline_s), "connect")
+
+    def _claim(self, channel: Channel, deadline_s: float) -> Channel | None:
+        """Make a connection the receiver's own, unless there is one: then return that."""
+        with self._lock:
+            if self._channel is None:
+                self._channel = channel
+                self._patience = min(deadline_s, MAX_DEADLINE_S)
+                return None
+            return self._channel
 
     def _leave(self, channel: Channel) -> None:
         with self._lock:
@@ -225,7 +234,7 @@ class Staging:
         self._expect(message.txn, "transfer", PREPARED, RECEIVING)
         start, stop = message.start, message.stop
         fits = start == self._received < stop <= self._flat.numel() and not start % CHUNK_BYTES
-        if self._inlet is None or not fits or stop - start > max(BUCKET_BYTES, self._flat.numel()):
+        if self._inlet is None or not fits:
             raise ProtocolError(f"bucket {start}..{stop} after {self._received}", stage="transfer")
         self._phase = RECEIVING
         piece = self._flat[start:stop]
@@ -236,9 +245,7 @@ class Staging:
     def _verify(self, message: Verify) -> Done:
         self._expect(message.txn, "verify", RECEIVING)
         if self._received != self._flat.numel():
-            raise CorruptError(
-                f"{self._received} of {self._flat.numel()} bytes arrived", stage="verify"
-            )
+            raise CorruptError(f"{self._received} of {self._flat.numel()} bytes arrived", stage="verify")
         digest = self._digest.hexdigest(self._layout)
         if digest != message.digest:
             raise CorruptError(
@@ -246,9 +253,7 @@ class Staging:
                 stage="verify",
             )
         assert self._manifest is not None
-        self._manifest = Manifest(
-            self._manifest.version, self._manifest.entries, self._manifest.total_bytes, digest
-        )
+        self._manifest = Manifest(self._manifest.version, self._manifest.entries, self._manifest.total_bytes, digest)
         self._phase = VERIFIED
         return Done("Verify", message.txn, detail=digest)
 

@@ -88,9 +88,7 @@ class WeightSync:
         manifest = manifests.lay_out(source.metadata(), version)
         with self._lock:
             peers = self._current_peers()
-            transaction = Transaction(
-                peers, self._routes, source, manifest, self._deadline_s, self._bucket_bytes
-            )
+            transaction = Transaction(peers, self._routes, source, manifest, self._deadline_s, self._bucket_bytes)
             return transaction.run()
 
     def status(self) -> tuple[TargetState, ...]:

@@ -124,9 +124,7 @@ class Transaction:
         if not self._behind:
             return GlooArena(self._bucket_bytes)  # only to digest through
         each(self._offer, self._behind)
-        return self._routes.open(
-            self._behind, self._txn, self._manifest.total_bytes, self._deadline()
-        )
+        return self._routes.open(self._behind, self._txn, self._manifest.total_bytes, self._deadline())
 
     def _offer(self, peer: Peer) -> None:
         self._labels[peer.name] = peer.target.published(self._deadline())
@@ -137,9 +135,7 @@ class Transaction:
     def _transfer(self, arena: Arena) -> str:
         digest = Digest()
         buckets = cut(self._manifest.total_bytes, self._bucket_bytes)
-        packed = pack(
-            self._manifest, self._source, buckets, lambda b: arena.buffer(b.start, b.stop)
-        )
+        packed = pack(self._manifest, self._source, buckets, lambda b: arena.buffer(b.start, b.stop))
         for bucket, buffer in packed:
             for peer in self._behind:
                 assert peer.link is not None

@@ -1,9 +1,10 @@
 """The command that travels inside SGLang's own request, and SGLang's envelope around it.
 
-POST /update_weights_from_tensor carries, per tensor-parallel rank, a pickle of [(name, tensor), ...]; the engine unpickles it with
-an allow-list of modules, calls `tensor.to(device)`, and hands the list to the loader. Nothing else reaches a loader, so the command
-is the name of one empty tensor. The pickle is written out by hand, opcode by opcode: it needs neither sglang nor a
-pickled storage, and the only thing it can make the engine call is `torch.empty(0)`.
+POST /update_weights_from_tensor carries, per tensor-parallel rank, a pickle of [(name, tensor), ...]; the
+engine unpickles it with an allow-list of modules, calls `tensor.to(device)`, and hands the list to the loader.
+Nothing else reaches a loader, so the command is the name of one empty tensor. The pickle is written out by
+hand, opcode by opcode: it needs neither sglang nor a pickled storage, and the only thing it can make the engine
+call is `torch.empty(0)`.
 
 The command says what to do, where to connect and for which transaction. It holds no secret and grants nothing: the
 engine proves the token to the sender and the sender to the engine on the channel that the engine then opens.
@@ -41,16 +42,16 @@ def envelope(command: Command) -> str:
     name = msgspec.json.encode(command)
     if len(name) > MAX_COMMAND_BYTES:
         raise ValueError(f"a command of {len(name)} bytes, at most {MAX_COMMAND_BYTES}")
-    pickled = (
-        b"\x80\x02"  # PROTO 2
-        b"]"  # []
-        b"X" + len(name).to_bytes(4, "little") + name +  # the command as str
-        b"ctorch\nempty\n"  # torch.empty
-        b"K\x00\x85R"  # called with (0,)
-        b"\x86"  # (command, tensor)
-        b"a."  # appended to the list; done
+    opcodes = (
+        b"\x80\x02",  # protocol 2
+        b"]",  # []
+        b"X" + len(name).to_bytes(4, "little") + name,  # the command, a str
+        b"ctorch\nempty\n",  # torch.empty
+        b"K\x00\x85R",  # called with (0,)
+        b"\x86",  # (command, tensor)
+        b"a.",  # appended to the list; done
     )
-    return base64.b64encode(pickled).decode()
+    return base64.b64encode(b"".join(opcodes)).decode()
 
 
 def opened(name: str) -> Command:

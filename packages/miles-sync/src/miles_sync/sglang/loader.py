@@ -1,8 +1,9 @@
 """The engine's half: what `--custom-weight-loader` names, and the weights of an SGLang model as a receiver.
 
-The engine calls `load(model, named_tensors)` from its scheduler's main loop, between batches. What a loader returns is discarded
-and what it raises ends the engine (`sglang/srt/model_executor/model_runner_components/weight_updater.py`), so `load` raises
-nothing and answers over the control channel, which a thread of its own keeps open to the sender. Weights move into staging on that
+The engine calls `load(model, named_tensors)` from its scheduler's main loop, between batches. What a loader
+returns is discarded and what it raises ends the engine
+(`sglang/srt/model_executor/model_runner_components/weight_updater.py`), so `load` raises nothing and answers
+over the control channel, which a thread of its own keeps open to the sender. Weights move into staging on that
 thread, while the engine generates; only a commit, on the main loop, touches the model.
 """
 
@@ -55,9 +56,7 @@ def load(model: torch.nn.Module, named_tensors: Sequence[tuple[str, torch.Tensor
             _stagings[model] = staging
         match opened(named_tensors[0][0]):
             case Attend() as attend:
-                threading.Thread(
-                    target=_attend, args=(staging, attend), name="miles-sync", daemon=True
-                ).start()
+                threading.Thread(target=_attend, args=(staging, attend), name="miles-sync", daemon=True).start()
             case Order(what="prepare", txn=txn):
                 staging.order(Prepare(txn))
             case Order(what="commit", txn=txn):
@@ -74,7 +73,7 @@ def _attend(staging: Staging, attend: Attend) -> None:
     token = os.environ.get(TOKEN_VARIABLE, "")
     try:
         # Without a token the handshake fails on the sender's side, and is named there.
-        channel = dial(attend.host, attend.port, token, Deadline(deadline_s), "the sender")
+        channel = dial(attend.host, attend.port, token, Deadline(deadline_s), f"{attend.host}:{attend.port}")
     except SyncError as error:
         _log.error("miles-sync: no connection to the sender (is %s set?): %s", TOKEN_VARIABLE, error)
         return
@@ -129,6 +128,4 @@ class SGLangReceiver:
         # On a CPU with AMX the engine packs weights into tiles after loading; writing plain rows over them would
         # serve garbage without an error.
         if any(getattr(m, "use_intel_amx_backend", False) for m in self._model.modules()):
-            raise MismatchError(
-                "the engine packed its weights for AMX: they cannot be loaded over", stage="begin"
-            )
+            raise MismatchError("the engine packed its weights for AMX: they cannot be loaded over", stage="begin")

@@ -45,9 +45,9 @@ class SGLangTarget:
     """One engine, reached over HTTP; it connects back to this process for everything but orders.
 
     Two traps of the engine's update lock shape this. A request to update weights waits until all running
-    requests have ended, unless generation is paused: so only connecting, the check of a new layout and the commit are such
-    requests, and weights move while the engine generates. And the version label changes even where the loader
-    failed, since its result is discarded: a failed commit puts the old label back.
+    requests have ended, unless generation is paused: so only connecting, the check of a new layout and the
+    commit are such requests, and weights move while the engine generates. And the version label changes even
+    where the loader failed, since its result is discarded: a failed commit puts the old label back.
 
     Args:
         url: Where the engine serves, "http://127.0.0.1:30000".
@@ -118,9 +118,7 @@ class SGLangTarget:
     def _unfit(self, reason: str) -> MismatchError:
         return MismatchError(reason, stage="connect", peer=self.name)
 
-    def _command(
-        self, command: Command, stage: str, deadline: Deadline, version: str | None = None
-    ) -> None:
+    def _command(self, command: Command, stage: str, deadline: Deadline, version: str | None = None) -> None:
         body: dict[str, Any] = {
             "serialized_named_tensors": [envelope(command)],
             "load_format": LOADER,
@@ -132,9 +130,7 @@ class SGLangTarget:
         }
         if version is not None:
             body["weight_version"] = version
-        reply = self._request(
-            "POST", "/update_weights_from_tensor", self._admin_key, body, stage, deadline
-        )
+        reply = self._request("POST", "/update_weights_from_tensor", self._admin_key, body, stage, deadline)
         if not reply.get("success"):
             reason = f"the engine refused the update: {reply.get('message')}"
             raise ProtocolError(reason, stage=stage, peer=self.name)

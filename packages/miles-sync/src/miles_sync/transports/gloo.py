@@ -1,17 +1,24 @@
 """gloo: the sender's buckets travel over TCP through a process group of two, made for this pair alone.
 
-The group is `ProcessGroupGloo` over a store that the sender serves on the address under which the receiver reached it; the default
-process group is neither needed nor touched. Store keys carry an unguessable prefix that travels on the control
-channel. gloo itself neither authenticates nor encrypts: off loopback, use it on a network you trust.
+The group is `ProcessGroupGloo` over a store that the sender serves on the address under which the receiver
+reached it; the default process group is neither needed nor touched. Store keys carry an unguessable prefix that
+travels on the control channel. gloo itself neither authenticates nor encrypts: off loopback, use it on a
+network you trust.
 """
 
 from __future__ import annotations
 
 import secrets
 from datetime import timedelta
+from typing import Any
 
 import torch
-import torch.distributed as dist
+from torch.distributed import (
+    ProcessGroupGloo,
+    TCPStore,  # pyright: ignore[reportPrivateImportUsage] - documented there, not marked so
+    Work,
+)
+from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from miles_sync.channel import Deadline, listen
 from miles_sync.errors import DeadlineError, PeerLostError, SyncError, TransportError
@@ -46,14 +53,12 @@ class GlooLink:
         """Serve a store on `host`, an address of this machine that the receiver can reach."""
         self._peer = peer
         self._host = host
-        self._group: dist.ProcessGroupGloo | None = None
-        self._in_flight: dist.Work | None = None
+        self._group: Any = None
+        self._in_flight: Work | None = None
         listener = listen(host)
         port = listener.getsockname()[1]
         # Left to itself the store listens on every interface; given a socket it uses that one, and owns it.
-        self._store = dist.TCPStore(
-            host, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach()
-        )
+        self._store = TCPStore(host, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach())
         self._prefix = secrets.token_hex(16)
         self.address = f"{host} {port} {self._prefix}"
 
@@ -94,7 +99,7 @@ class GlooInlet:
         self._peer = "the sender"
         try:
             host, port, prefix = address.split(" ")
-            store = dist.TCPStore(
+            store = TCPStore(
                 host,
                 int(port),
                 is_master=False,
@@ -103,15 +108,14 @@ class GlooInlet:
             )
         except (ValueError, RuntimeError) as error:
             raise TransportError(f"gloo store {address!r}: {error}", stage="transfer") from error
-        self._group: dist.ProcessGroupGloo | None = _group(
-            store, prefix, _RECEIVER, local_host, deadline, self._peer
-        )
+        self._group: Any = _group(store, prefix, _RECEIVER, local_host, deadline, self._peer)
 
     def receive(self, start: int, into: torch.Tensor, deadline: Deadline) -> None:
         """Receive the next bucket into `into`. Buckets come in the order in which they are announced.
 
-        A message longer than `into` would end this process (gloo's reading thread throws, and nothing catches it): both
-        sides take the length from the same announcement, and a group that saw an error is never used again.
+        A message longer than `into` would end this process (gloo's reading thread throws, and nothing catches
+        it): both sides take the length from the same announcement, and a group that saw an error is never used
+        again.
         """
         if self._group is None:
             raise TransportError("closed", stage="transfer", peer=self._peer)
@@ -129,19 +133,18 @@ class GlooInlet:
             group.abort()
 
 
-def _group(
-    store: dist.Store, prefix: str, rank: int, host: str, deadline: Deadline, peer: str
-) -> dist.ProcessGroupGloo:
-    options = dist.ProcessGroupGloo._Options()
-    options._devices = [dist.ProcessGroupGloo.create_device(hostname=host)]
+def _group(store: Store, prefix: str, rank: int, host: str, deadline: Deadline, peer: str) -> Any:
+    gloo: Any = ProcessGroupGloo  # its stub lacks options, send and recv
+    options = gloo._Options()
+    options._devices = [gloo.create_device(hostname=host)]
     options._timeout = timedelta(seconds=max(deadline.left(), 0.001))
     try:
-        return dist.ProcessGroupGloo(dist.PrefixStore(prefix, store), rank, 2, options)
+        return gloo(PrefixStore(prefix, store), rank, 2, options)
     except RuntimeError as error:
         raise TransportError(f"gloo: {error}", stage="transfer", peer=peer) from error
 
 
-def _wait(work: dist.Work, deadline: Deadline, peer: str) -> None:
+def _wait(work: Work, deadline: Deadline, peer: str) -> None:
     try:
         work.wait(timedelta(seconds=max(deadline.left(), 0.001)))
     except RuntimeError as error:

@@ -1,15 +1,18 @@
 """Shared memory: the sender packs into a segment of /dev/shm, the receiver reads it from there.
 
-The sender maps the segment once and reuses it for each sync. Its name is unguessable and its mode 0600; it is unlinked as soon as
-every receiver has opened it, so a killed process leaves nothing behind. What a kill between creation and opening does leave is
-found by the next sender: the creator holds a lock on its segment for life, a segment whose lock is free is swept.
+The sender maps the segment once and reuses it for each sync. Its name is unguessable and its mode 0600; it is
+unlinked as soon as every receiver has opened it, so a killed process leaves nothing behind. What a kill between
+creation and opening does leave is found by the next sender: the creator holds a lock on its segment for life, a
+segment whose lock is free is swept.
 
-The receiver does not map the segment, it reads it (`pread`): the same one copy into staging, but a segment that was cut short
-gives a short read, an error with a name, where a mapping would end the receiving process with SIGBUS.
+The receiver does not map the segment, it reads it (`pread`): the same one copy into staging, but a segment that
+was cut short gives a short read, an error with a name, where a mapping would end the receiving process with
+SIGBUS.
 """
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import mmap
 import os
@@ -51,8 +54,7 @@ class Segment:
         except OSError as error:
             self.close()
             raise TransportError(
-                f"{DIRECTORY} has no room for {nbytes} bytes ({error.strerror}): enlarge it, or "
-                'use transport="gloo"',
+                f'{DIRECTORY} has no room for {nbytes} bytes ({error.strerror}): enlarge it, or use transport="gloo"',
                 stage="begin",
             ) from error
         self.data = torch.frombuffer(mapping, dtype=torch.uint8)
@@ -71,10 +73,8 @@ class Segment:
         """Remove the name; whoever has it open keeps it."""
         if self._path is not None:
             path, self._path = self._path, None
-            try:
+            with contextlib.suppress(FileNotFoundError):  # swept by hand; the mapping lives on
                 os.unlink(path)
-            except FileNotFoundError:
-                pass  # swept by hand; the mapping lives on
 
     def close(self) -> None:
         """Unlink and close. The mapping goes with the last tensor over it."""
