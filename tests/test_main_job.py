@@ -1,0 +1,101 @@
+"""The main job end to end, on this machine's CPU with the real engines."""
+
+import json
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from main_job import job
+from transformers import AutoModelForCausalLM
+
+from miles_core.observe import read_samples
+
+pytestmark = [pytest.mark.xdist_group("main_job"), pytest.mark.timeout(600)]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a short run that ended well."""
+    with job(tmp_path_factory.mktemp("job"), settings=("train.steps=3", "observe.samples_every=1")) as run:
+        assert run.wait() == 0, run.text()
+    return run.run
+
+
+def logprobs_by(model: torch.nn.Module, tokens: np.ndarray) -> np.ndarray:
+    """Log probability of every token but the first, float32 [T-1]."""
+    ids = torch.from_numpy(tokens.astype(np.int64))
+    with torch.no_grad():
+        logprobs = model(ids[None]).logits[0].log_softmax(-1)
+    return logprobs[:-1].gather(-1, ids[1:, None])[:, 0].numpy()
+
+
+def records(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_every_step_is_recorded_and_its_phases_add_up(finished: Path):
+    steps = records(finished)
+    assert [record["step"] for record in steps] == [0, 1, 2]
+    for record in steps:
+        phases = [v for k, v in record.items() if k.startswith("perf/time/") and k.count("/") == 2]
+        assert sum(phases) - record["perf/time/step"] == pytest.approx(record["perf/time/step"], rel=1e-6)
+        assert record["rollout/num_samples"] == 64
+        assert record["sync/version"] == record["step"] + 1
+        assert record["rollout/staleness_max"] == 0
+
+
+def test_trainer_and_engine_agree_to_rounding(finished: Path):
+    gaps = [record["train/logprob_gap"] for record in records(finished)]
+    assert max(gaps) < 1e-5
+    assert max(record["train/k3_kl"] for record in records(finished)) < 1e-9
+
+
+def test_the_run_folder_holds_what_was_promised(finished: Path):
+    for name in (
+        "recipe.toml",
+        "versions.json",
+        "reward.png",
+        "trace/driver.json",
+        "checkpoints/latest",
+        "hf/config.json",
+    ):
+        assert (finished / name).stat().st_size > 0, name
+    assert (finished / "reward.png").read_bytes().startswith(b"\x89PNG")
+    assert {path.name for path in (finished / "logs").iterdir()} >= {"trainer-0.log", "engine-0.log", "worker-0.log"}
+
+
+def test_engine_logprobs_are_those_of_transformers(finished: Path):
+    """The samples of step 0 came from the model as it was made; every one, token by token."""
+    groups = read_samples(finished / "samples" / "step=000000")
+    model = AutoModelForCausalLM.from_pretrained(finished.parent / "models" / "copy-tiny", dtype=torch.float32)
+    samples = [sample for group in groups for sample in group.samples]
+    assert len(samples) == 64
+    for sample in samples:
+        mask = sample.loss_mask[1:]
+        found = logprobs_by(model, sample.tokens)[mask]
+        assert np.abs(found - sample.rollout_logprobs[1:][mask]).max() < 1e-4
+
+
+def test_the_exported_model_is_the_trained_one(finished: Path):
+    first = AutoModelForCausalLM.from_pretrained(finished.parent / "models" / "copy-tiny", dtype=torch.float32)
+    last = AutoModelForCausalLM.from_pretrained(finished / "hf", dtype=torch.float32)
+    moved = [(a - b).abs().max().item() for a, b in zip(first.parameters(), last.parameters(), strict=True)]
+    # Warm-up gives Adam's first three updates rates of at most 2e-3 in all.
+    assert all(0 < change < 1e-2 for change in moved)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_a_resumed_run_ends_as_an_uninterrupted_one(number: signal.Signals, tmp_path: Path):
+    """N + M steps bit by bit: interrupted after some step, gone on with, against one that was left alone."""
+    settings = ("deterministic=true", "train.steps=8", "train.save_every=0")
+    with job(tmp_path, settings=settings) as run:
+        run.wait_until(lambda: len(run.metrics()) >= 2)
+        run.interrupt(number)
+        assert run.wait() == 75, run.text()
+        done = len(run.metrics())
+        assert 2 <= done < 8
+    with job(tmp_path, "--resume", settings=settings) as run:
+        assert run.wait() == 0, run.text()
+    assert [record["step"] for record in run.metrics()] == list(range(8))
