@@ -75,6 +75,18 @@ def test_sinks_get_every_step_and_are_closed(tmp_path: Path):
     assert sink.closed
 
 
+def test_every_sink_is_closed_when_one_raises(tmp_path: Path):
+    class Broken(Collector):
+        def close(self) -> None:
+            raise OSError("no space left")
+
+    last = Collector()
+    log = MetricsLog(tmp_path / "metrics.jsonl", sinks=[last, Broken(), Collector()])
+    with pytest.raises(OSError, match="no space"):
+        log.close()
+    assert last.closed
+
+
 @given(total=st.integers(0, 6), resumed=st.integers(0, 7))
 def test_a_resumed_run_takes_back_the_steps_it_will_do_again(
     tmp_path_factory: pytest.TempPathFactory, total: int, resumed: int

@@ -10,6 +10,7 @@ import json
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -61,11 +62,12 @@ class MetricsLog:
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        """Close the file and the sinks."""
-        self.sync()
-        self._file.close()
-        for sink in self._sinks:
-            sink.close()
+        """Close the file and the sinks, all of them, whatever one of them raises."""
+        with ExitStack() as stack:
+            for sink in self._sinks:
+                stack.callback(sink.close)
+            stack.enter_context(self._file)
+            self.sync()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
