@@ -5,9 +5,10 @@ import json
 from collections.abc import Generator
 from pathlib import Path
 
-from miles_core import Interrupted, MilesError, Recipe
-from miles_core.observe import Console, read_metrics
+from miles_core import InputError, Interrupted, MilesError, Recipe
+from miles_core.observe import Console, Sink, read_metrics
 from miles_core.observe.plot import plot_rewards
+from miles_core.observe.sinks import open_sinks
 from miles_launch.doctor import refuse_unfit_machine
 from miles_launch.prepare import prepare
 from miles_launch.run import Checkpoint, run
@@ -35,13 +36,20 @@ def launch(recipe: Recipe, *, resume: bool, runs: Path) -> None:
             console.note(f"warning: {warning.name} is {warning.value}, should be {warning.rule}. {warning.way_out}")
         _announce(console, recipe, run_dir, checkpoint)
         with _ending(console, recipe, run_dir):
-            run(prepared, run_dir, checkpoint, console)
+            run(prepared, run_dir, checkpoint, console, _sinks(recipe, run_dir))
 
 
 def ports_of(recipe: Recipe) -> dict[str, int]:
     """Loopback ports that a run listens on, by the recipe key that sets them."""
     joins_a_cluster = bool(recipe.cluster.address)
     return {"cluster.dashboard_port": 0 if joins_a_cluster else recipe.cluster.dashboard_port}
+
+
+def _sinks(recipe: Recipe, run_dir: RunDir) -> list[Sink]:
+    try:
+        return open_sinks(recipe.observe, run_dir.path, run_dir.path.name, recipe.model_dump(mode="json"))
+    except ImportError as error:
+        raise InputError("observe", recipe.observe.model_dump(), str(error), "Or switch that sink off.") from None
 
 
 def _checkpoint(run_dir: RunDir) -> Checkpoint:

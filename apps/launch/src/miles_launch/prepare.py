@@ -127,7 +127,7 @@ def _source(recipe: Recipe) -> DataSource:
     if data.prompts is not None:
         return file_prompts(data.prompts, data.prompt_field, data.shuffle, recipe.seed)
     assert data.source is not None  # one of the two, by the recipe's own rule
-    source = load_hook(data.source, "data.source", MakesDataSource)(seed=recipe.seed)
+    source = load_hook(data.source, "data.source", MakesDataSource)(recipe.seed)
     return bind(source, {}, f"data.source ({data.source.name})", DataSource)
 
 

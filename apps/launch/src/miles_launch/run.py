@@ -19,7 +19,6 @@ from miles_core.cluster.runtime import free_port, ray_cluster
 from miles_core.cluster.warden import warden
 from miles_core.loop import LogprobGap, Run, train
 from miles_core.observe import Console, MetricsLog, PhaseClock, Sink, TraceFile
-from miles_core.observe.sinks import TensorBoardSink, WandbSink
 from miles_launch.prepare import Prepared
 from miles_launch.recorder import RunRecorder
 from miles_launch.roles import ActorRollout, ActorSync, ActorTrainer, GroupBatcher
@@ -69,8 +68,10 @@ def roles_of(recipe: Recipe) -> list[Role]:
     ]
 
 
-def run(prepared: Prepared, run_dir: RunDir, checkpoint: Checkpoint, console: Console) -> None:
-    """Start the cluster and drive the run to its end.
+def run(
+    prepared: Prepared, run_dir: RunDir, checkpoint: Checkpoint, console: Console, sinks: Sequence[Sink] = ()
+) -> None:
+    """Start the cluster and drive the run to its end; metrics go to the console and to `sinks`.
 
     Raises:
         Interrupted: SIGINT or SIGTERM came; what could be saved is saved.
@@ -81,10 +82,17 @@ def run(prepared: Prepared, run_dir: RunDir, checkpoint: Checkpoint, console: Co
     num_cpus = max(os.cpu_count() or 1, math.ceil(sum(role.count * role.num_cpus for role in roles)))
     console.status("starting Ray")
     with warden(), ray_cluster(recipe.cluster.address, num_cpus, recipe.cluster.dashboard_port) as cluster:
-        asyncio.run(_drive(prepared, run_dir, checkpoint, console, place(cluster, roles)))
+        asyncio.run(_drive(prepared, run_dir, checkpoint, console, sinks, place(cluster, roles)))
 
 
-async def _drive(prepared: Prepared, run_dir: RunDir, checkpoint: Checkpoint, console: Console, plan: Plan) -> None:
+async def _drive(
+    prepared: Prepared,
+    run_dir: RunDir,
+    checkpoint: Checkpoint,
+    console: Console,
+    sinks: Sequence[Sink],
+    plan: Plan,
+) -> None:
     stop = asyncio.Event()
     crew = Crew(plan, run_dir.logs)
     with _signals(stop, console):
@@ -92,7 +100,7 @@ async def _drive(prepared: Prepared, run_dir: RunDir, checkpoint: Checkpoint, co
             console.status("starting engine, trainer and worker")
             crewed = await _unless(stop, _hire(crew, prepared, run_dir, checkpoint))
             console.status("")
-            await _loop(crewed, prepared, run_dir, checkpoint, console, stop)
+            await _loop(crewed, prepared, run_dir, checkpoint, console, sinks, stop)
         finally:
             console.status("closing")
             await crew.dismiss()
@@ -130,7 +138,13 @@ async def _hire(crew: Crew, prepared: Prepared, run_dir: RunDir, checkpoint: Che
 
 
 async def _loop(
-    crewed: Crewed, prepared: Prepared, run_dir: RunDir, checkpoint: Checkpoint, console: Console, stop: asyncio.Event
+    crewed: Crewed,
+    prepared: Prepared,
+    run_dir: RunDir,
+    checkpoint: Checkpoint,
+    console: Console,
+    sinks: Sequence[Sink],
+    stop: asyncio.Event,
 ) -> None:
     """Compose the nouns of the loop and run it; write everything out whatever ends it."""
     recipe, crew = prepared.recipe, crewed.crew
@@ -145,7 +159,7 @@ async def _loop(
     trainer = ActorTrainer(crew, crewed.trainers, step_s, clock)
     sync = ActorSync(crew, crewed.trainers, recipe.sync.deadline_s, clock, recipe.controls.freeze_engine)
     recorder = RunRecorder(
-        log=MetricsLog(run_dir.metrics, checkpoint.step, _sinks(recipe, run_dir, console)),
+        log=MetricsLog(run_dir.metrics, checkpoint.step, [console, *sinks]),
         clock=clock, rollout=rollout, trainer=trainer, samples_dir=run_dir.samples,
         samples_every=recipe.observe.samples_every, save_every=recipe.train.save_every,
         last_step=recipe.train.steps - 1, stop=stop, hooks=prepared.hooks,
@@ -156,6 +170,7 @@ async def _loop(
     )  # fmt: skip
     steps = range(checkpoint.step, recipe.train.steps)
     contract = LogprobGap(prepared.max_logprob_gap, checkpoint.step)
+    clock.lap()  # what starting took is no part of the first step
     try:
         await train(Run(steps, checkpoint.weight_version, rollout, batcher, trainer, sync, recorder, contract))
         console.status("exporting the model")
@@ -163,15 +178,6 @@ async def _loop(
     finally:
         await recorder.close()
         trace.close()
-
-
-def _sinks(recipe: Recipe, run_dir: RunDir, console: Console) -> list[Sink]:
-    sinks: list[Sink] = [console]
-    if recipe.observe.tensorboard:
-        sinks.append(TensorBoardSink(run_dir.path / "tensorboard"))
-    if recipe.observe.wandb:
-        sinks.append(WandbSink(recipe.observe.wandb, run_dir.path.name, run_dir.path, recipe.model_dump(mode="json")))
-    return sinks
 
 
 async def _unless[T](stop: asyncio.Event, work: Coroutine[Any, Any, T]) -> T:

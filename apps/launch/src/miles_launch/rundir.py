@@ -135,14 +135,12 @@ def _existing(runs: Path, name: str) -> Iterator[tuple[int, Path]]:
 
 
 def _table(recipe: Recipe) -> dict[str, Any]:
-    """The recipe as TOML takes it: hooks as tables with a name, nothing that is None."""
+    """The recipe as TOML takes it: nothing that is None."""
     return _without_none(recipe.model_dump(mode="json"))
 
 
 def _without_none(value: Any) -> Any:
     if isinstance(value, Mapping):
-        if value.keys() == {"name", "params"}:  # a hook
-            return {"name": value["name"], **value["params"]}
         return {key: _without_none(item) for key, item in value.items() if item is not None}
     return value
 

@@ -1,7 +1,7 @@
 """The one place where ray is imported: its absence has one message, and its door is closed before it opens.
 
-Ray reads these variables when it is imported, and its children inherit them. What the user has set is respected: to join
-a cluster that runs without tokens, set RAY_AUTH_MODE=disabled. Typed Any: ray's own types are partial.
+Ray reads these variables when it is imported, and its children inherit them. What the user has set is respected: to
+join a cluster that runs without tokens, set RAY_AUTH_MODE=disabled. Typed Any: ray's own types are partial.
 """
 
 import os

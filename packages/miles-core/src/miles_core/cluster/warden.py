@@ -1,8 +1,9 @@
 """A small process that outlives the driver by a moment and leaves no orphan behind.
 
-Ray's agents notice the death of their raylet only after most of a minute, and a killed driver cannot stop its engines.
-The driver puts a mark into its environment, which everything that it starts inherits, and starts the warden with a pipe:
-when the pipe closes (the driver is done, or was killed), the warden ends every process that carries the mark.
+Ray's agents notice the death of their raylet only after most of a minute, and a killed driver cannot stop its
+engines. The driver puts a mark into its environment, which everything that it starts inherits, and starts the warden
+with a pipe: when the pipe closes (the driver is done, or was killed), the warden ends every process that carries the
+mark.
 
 Run as a file, not as a module: it must start in milliseconds and needs the standard library alone.
 """
