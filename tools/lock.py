@@ -34,17 +34,19 @@ ADDRESS = re.compile(r"[\w+]+://\S*")
 
 
 def clean(text: str) -> str:
+    """The same lock without addresses."""
     return FILE.sub(lambda match: f'path = "{unquote(match[1])}"', REGISTRY.sub(f'"{HOUSE}"', text))
 
 
 def run(*command: str | Path, cwd: Path = ROOT) -> None:
+    """Run a command; uv also where it is a module of this Python and not on the path."""
     if command[0] == "uv" and importlib.util.find_spec("uv"):
         command = (sys.executable, "-m", *command)
     subprocess.run(command, cwd=cwd, check=True)
 
 
 def relock(*args: str) -> None:
-    """Resolve until the cleaned lock is a fixed point: uv may reorder markers once when it starts from a cleaned one."""
+    """Resolve until the cleaned lock is a fixed point: uv may reorder markers once when it starts from a clean one."""
     before = None
     while (text := clean(LOCK.read_text()) if LOCK.exists() else "") != before or args:
         before = text
@@ -66,27 +68,47 @@ def contents(text: str) -> tuple[dict, dict]:
 
 
 def check() -> list[str]:
+    """What is wrong with uv.lock, resolved anew in a copy of the workspace's pyproject files."""
     text = LOCK.read_text()
     if found := ADDRESS.findall(text):
         return [f"uv.lock has {len(found)} addresses: run `python3 tools/lock.py clean`"]
     with tempfile.TemporaryDirectory() as folder:
-        for file in [LOCK, *ROOT.glob(".python-version"), *ROOT.glob("pyproject.toml"), *ROOT.glob("*/*/pyproject.toml")]:
+        for file in [LOCK, ROOT / ".python-version", ROOT / "pyproject.toml", *ROOT.glob("*/*/pyproject.toml")]:
             copy = Path(folder) / file.relative_to(ROOT)
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, copy)
         run("uv", "lock", "--quiet", cwd=Path(folder))
         (lock, files), (new, offered) = contents(text), contents(clean((Path(folder) / "uv.lock").read_text()))
-    wrong = [f"{key[2]}: the index no longer offers this file with this hash" for key in files if offered.get(key) != files[key]]
+    gone = [name for *package, name in files if offered.get((*package, name)) != files[*package, name]]
+    wrong = [f"{name}: the index no longer offers this file with this hash" for name in gone]
     return wrong if lock == new else [*wrong, "uv.lock is out of date: run `python3 tools/lock.py update`"]
 
 
 def git_filter() -> None:
+    """Let git take the addresses out of uv.lock whenever it is added; a fresh clone does not know how to."""
     for key, value in {"clean": "python3 tools/lock.py clean -", "smudge": "cat", "required": "true"}.items():
         run("git", "config", f"filter.uvlock.{key}", value)
 
 
-def main(command: str = "help", *args: str) -> int:
+def install(command: str, *args: str) -> None:
+    """`sync` or `fetch`: what uv.lock says, exported with hashes and handed to uv or pip."""
     pins = ROOT / ".venv" / "uv.lock.txt"
+    if (ROOT / ".git").exists():
+        git_filter()
+    if not pins.parent.exists():
+        run("uv", "venv", "--quiet")
+    where = ["--no-emit-workspace"] if command == "fetch" else []
+    run("uv", "export", "--frozen", "--quiet", "--output-file", pins, *where, *(args or ["--all-packages"]))
+    if command == "sync":
+        run("uv", "pip", "sync", "--python", pins.parent, pins)
+    else:
+        pip = ["uv", "run", "--no-project", "--with", "pip", "--", "python", "-m", "pip"]
+        options = ["--quiet", "--require-hashes", "--no-deps", "--requirement", pins, "--dest", ROOT / HOUSE]
+        run(*pip, "download", *options)
+
+
+def main(command: str = "help", *args: str) -> int:
+    """Do what the command line says; the exit code."""
     if command == "clean" and args == ("-",):
         sys.stdout.write(clean(sys.stdin.read()))
     elif command == "clean":
@@ -100,16 +122,7 @@ def main(command: str = "help", *args: str) -> int:
     elif command == "git-filter":
         git_filter()
     elif command in ("sync", "fetch"):
-        if (ROOT / ".git").exists():
-            git_filter()
-        if not pins.parent.exists():
-            run("uv", "venv", "--quiet")
-        where = ["--no-emit-workspace"] if command == "fetch" else []
-        run("uv", "export", "--frozen", "--quiet", "--output-file", pins, *where, *(args or ["--all-packages"]))
-        if command == "sync":
-            run("uv", "pip", "sync", "--python", pins.parent, pins)
-        else:
-            run("uv", "run", "--no-project", "--with", "pip", "--", "python", "-m", "pip", "download", "--quiet", "--require-hashes", "--no-deps", "--requirement", pins, "--dest", ROOT / HOUSE)
+        install(command, *args)
     else:
         print(__doc__)
         return command != "help"
