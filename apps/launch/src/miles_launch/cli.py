@@ -1,5 +1,6 @@
 """The `miles` command."""
 
+import os
 import sys
 import traceback
 from collections.abc import Callable
@@ -54,7 +55,15 @@ def doctor(runs: RunsOption = Path("runs")) -> None:
 
 def main() -> None:
     """Run the command; every error of ours is one message on standard error and its own exit code."""
+    _find_code_here()
     sys.exit(_guarded(lambda: app(standalone_mode=True)))
+
+
+def _find_code_here() -> None:
+    """Let recipes name modules that lie in the folder where the command is given, in this process and in its actors."""
+    here = str(Path.cwd())
+    sys.path.insert(0, here)
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH")]))
 
 
 def _guarded(command: Callable[[], object]) -> int:
