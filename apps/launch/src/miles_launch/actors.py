@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from miles_core import Batch, Group, HookSpec, InputError, Prompt, Recipe
 from miles_core.cluster.actors import Member
-from miles_core.hooks import Reward, SampleFilter, load_hook, load_object
+from miles_core.hooks import SampleFilter, load_hook, load_object
 from miles_launch.prepare import TRAINER_HOOKS
 
 if TYPE_CHECKING:
@@ -81,8 +81,9 @@ class WorkerActor:
     """Runs the rollout worker; puts what it makes into the queue."""
 
     def __init__(self, recipe: Recipe, model_path: str):
-        """Load tokenizer and user code, and start the reward processes."""
-        from miles_rollout.tokenizer import Tokenizer  # noqa: PLC0415 (its own process alone)
+        """Load the tokenizer and user code."""
+        from miles_rollout.rewards import make_judge  # noqa: PLC0415 (its own process alone)
+        from miles_rollout.tokenizer import Tokenizer  # noqa: PLC0415
 
         self._recipe = recipe
         self._tokenizer = Tokenizer(model_path)
@@ -90,9 +91,13 @@ class WorkerActor:
         self._filter: SampleFilter | None = (
             None if spec is None else load_hook(spec, "hooks.sample_filter", SampleFilter)
         )
-        self._judge = _judge(recipe)
+        self._judge = make_judge(recipe.hooks.reward, recipe.reward)
         self._worker: RolloutWorker | None = None
         self._queue: Member | None = None
+
+    async def start(self) -> None:
+        """Start the reward processes: a reward that cannot be loaded there is an error before anything is generated."""
+        await self._judge.start()
 
     def connect(self, address: "EngineAddress", queue: Member) -> None:
         """Learn where the engine and the queue are."""
@@ -136,16 +141,6 @@ class WorkerActor:
         if reason is not None:
             dropped[reason] = dropped.get(reason, 0) + 1
         return reason is not None
-
-
-def _judge(recipe: Recipe) -> Any:
-    from miles_rollout.rewards import InProcessJudge  # noqa: PLC0415
-
-    spec, reward = recipe.hooks.reward, recipe.reward
-    if not reward.isolate:
-        return InProcessJudge(load_hook(spec, "hooks.reward", Reward), spec.name)
-    limits = RewardLimits(wall_s=reward.timeout_s, memory_bytes=reward.memory_bytes)
-    return RewardPool(spec.name, spec.params, num_processes=reward.processes, limits=limits)
 
 
 class TrainerActor:

@@ -24,6 +24,7 @@ from miles_core.hooks import (
     load_object,
 )
 from miles_launch.recorder import DriverHooks
+from miles_rollout.rewards.load import full_name
 from miles_rollout.sglang.arguments import check_arguments
 from miles_train.megatron.settings import check_settings
 
@@ -98,7 +99,7 @@ def prepare(recipe: Recipe) -> Prepared:
 
 def _check_actor_hooks(recipe: Recipe) -> None:
     """Code that actors will load is loaded here once, so that a mistake is found before they start."""
-    load_hook(recipe.hooks.reward, "hooks.reward", Reward)
+    load_hook(full_name(recipe.hooks.reward), "hooks.reward", Reward)
     _optional(recipe.hooks.sample_filter, "hooks.sample_filter", SampleFilter)
     for name, protocol in TRAINER_HOOKS.items():
         _optional(getattr(recipe.hooks, name), f"hooks.{name}", protocol)

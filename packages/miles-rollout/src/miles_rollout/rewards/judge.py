@@ -9,6 +9,9 @@ from typing import Any, Protocol
 from miles_core.hooks import Reward
 from miles_core.types import Prompt, Sample
 
+# Each becomes a metric of its own.
+_MAX_PARTS = 64
+
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
@@ -34,6 +37,10 @@ class Judge(Protocol):
         """Return one verdict per sample, in their order."""
         ...
 
+    async def start(self) -> None:
+        """Get ready; raise InputError for a reward that cannot be loaded."""
+        ...
+
     async def close(self) -> None:
         """End what runs."""
         ...
@@ -56,6 +63,9 @@ class InProcessJudge:
         """See Judge.judge."""
         return [await self._one(prompt, sample) for sample in samples]
 
+    async def start(self) -> None:
+        """Nothing to start."""
+
     async def close(self) -> None:
         """Nothing runs."""
 
@@ -77,6 +87,8 @@ def verdict_of(value: Any, name: str) -> Verdict:
         name: of the function, for the failure's detail.
     """
     parts: Mapping[Any, Any] = value if isinstance(value, Mapping) else {"reward": value}
+    if len(parts) > _MAX_PARTS:
+        return Verdict(failure="reward malformed", detail=f"{name} returned {len(parts)} parts: {_MAX_PARTS} at most")
     if "reward" not in parts:
         found = sorted(map(str, parts))
         return Verdict(failure="reward malformed", detail=f'{name} returned no part "reward", but {found}'[:500])
