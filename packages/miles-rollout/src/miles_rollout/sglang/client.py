@@ -106,7 +106,7 @@ class SGLangEngine:
             raise EngineError("unreadable answer", f"{self._address.name} /generate: {error}") from error
         if len(replies) != num_samples:
             raise EngineError("wrong number of samples", f"asked for {num_samples}, got {len(replies)}")
-        return [_completion(reply) for reply in replies]
+        return [_completion(reply, sampling.stop_token_ids) for reply in replies]
 
     async def health(self) -> None:
         """See Engine.health. Takes about a second: SGLang generates a token and looks once a second."""
@@ -189,11 +189,13 @@ class SGLangEngine:
         return answer
 
 
-def _completion(reply: _Reply) -> Completion:
+def _completion(reply: _Reply, stop_token_ids: Sequence[int]) -> Completion:
     meta = reply.meta_info
     reason = meta.finish_reason.type
     if reason not in ("stop", "length", "abort"):
         raise EngineError("unknown finish reason", reason)
+    if reason == "length" and reply.output_ids and reply.output_ids[-1] in stop_token_ids:
+        reason = "stop"  # SGLang looks at the length first: a stop token in the last place allowed ended the text
     if reason == "abort" and not reply.output_ids:
         raise EngineUnavailable("request aborted", meta.finish_reason.message)
     logprobs = [entry[0] for entry in meta.output_token_logprobs]
