@@ -75,7 +75,7 @@ def _describe(action: argparse.Action) -> dict[str, Any]:
         "kind": kind,
         # A type may be any callable: only the builtins can be checked by name.
         "type": names.get(action.type, "any") if kind == "value" else "bool",
-        "many": action.nargs in ("+", "*"),
+        "many": action.nargs in ("+", "*") or (kind == "value" and isinstance(action.nargs, int)),
         "choices": choices,
     }
 

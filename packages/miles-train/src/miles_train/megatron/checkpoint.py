@@ -129,6 +129,7 @@ def load(
                 f"checkpoint {folder} is damaged or does not fit this model: {error}. Resume from another one."
             ) from error
         model.load_state_dict(loaded["model"])
+        resume_fixes.restore_zero_step(loaded["optimizer"])
         with resume_fixes.tolerate_missing_step(optimizer):
             optimizer.load_state_dict(loaded["optimizer"])
         resume_fixes.separate_steps(optimizer)

@@ -10,7 +10,8 @@ of `DistributedOptimizer` was written for optimizers that keep it in the group. 
 3. `separate_steps`: loading gives all parameters one `step` tensor, which AdamW then advances once per parameter.
    Without this fix nothing fails: the run resumes and computes other numbers.
 
-And one of saving: `write_without_manager`.
+And two small ones: `restore_zero_step` for checkpoints from before the first update, `write_without_manager` for
+saving.
 """
 
 import queue
@@ -66,6 +67,13 @@ def separate_steps(optimizer: MegatronOptimizer) -> None:
     for inner in _inner(optimizer):
         for state in inner.state.values():
             state["step"] = state["step"].clone()
+
+
+def restore_zero_step(state: dict[str, Any]) -> None:
+    """Put back a step of 0 in the loaded state of a plain optimizer: being falsy, it is not saved, and then missed."""
+    plain = state.get("optimizer", state)
+    if "state" in plain:
+        plain["state"].setdefault("common_step", torch.tensor(0.0))
 
 
 def write_without_manager() -> None:

@@ -66,9 +66,8 @@ READ = _names(
     weight_decay start_weight_decay end_weight_decay weight_decay_incr_style apply_wd_to_qk_layernorm decoupled_lr
     decoupled_min_lr adam_beta1 adam_beta2 adam_eps clip_grad bf16 accumulate_allreduce_grads_in_fp32
     grad_reduce_in_bf16 fp32_residual_connection recompute_granularity recompute_method recompute_num_layers
-    recompute_modules recompute_activations overlap_grad_reduce overlap_param_gather ddp_bucket_size ddp_num_buckets
-    distributed_timeout_minutes make_vocab_size_divisible_by tensor_model_parallel_size pipeline_model_parallel_size
-    context_parallel_size expert_model_parallel_size
+    recompute_modules recompute_activations distributed_timeout_minutes make_vocab_size_divisible_by
+    tensor_model_parallel_size pipeline_model_parallel_size context_parallel_size expert_model_parallel_size
     """
 )
 

@@ -1,0 +1,78 @@
+"""What is done to Megatron-Core 0.19.2: the shim, the resume fixes, the record of its arguments."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+
+import pytest
+import tiny
+
+from miles_train.megatron.settings import known_arguments
+
+pytestmark = pytest.mark.xdist_group("train-megatron")
+
+
+@pytest.fixture(scope="module")
+def model_path(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model") / "tiny"
+    tiny.make_model(path)
+    return path
+
+
+def test_the_record_of_arguments_is_that_of_the_installed_parser(ranks):
+    recorded = {argument.dest: argument for argument in known_arguments().values()}
+    installed = {entry["dest"]: entry for entry in ranks.run_one("in_rank_upstream.parser_record")}
+    assert set(recorded) == set(installed)
+    for dest, entry in installed.items():
+        if dest != "yarn_correction_range_round_to_int":  # Megatron adds it twice; nothing here reads it
+            assert json.loads(json.dumps(dataclasses.asdict(recorded[dest]))) == entry
+
+
+def test_the_shim_refuses_other_versions(ranks):
+    message = ranks.run_one("in_rank_upstream.refuse_another_version")
+    assert "megatron-core = 0.19.2" in message and "tested with 0.18.0" in message
+
+
+def test_the_shim_acts_inside_its_context_alone(ranks):
+    outside, inside, paused = ranks.run_one("in_rank_upstream.look_through_the_shim")
+    assert outside == paused == "torch.FloatTensor"
+    assert inside == ["cpu", "cpu", "cpu", "cpu", "torch.cuda.FloatTensor"]
+
+
+def test_the_shim_rebinds_what_it_lists(ranks):
+    assert set(ranks.run_one("in_rank_upstream.every_rebinding_is_needed").values()) == {(True, True)}
+
+
+@pytest.mark.parametrize(
+    ("fix", "world_size", "error"),
+    [
+        ("allocate_state", 2, "AssertionError"),
+        ("tolerate_missing_step", 2, "KeyError: 'step'"),
+        ("separate_steps", 2, "tensors differ"),
+        ("restore_zero_step", 1, "KeyError: 'step'"),
+    ],
+)
+def test_without_a_fix_resuming_fails(fix, world_size, error, ranks, model_path, tmp_path):
+    found = ranks.run("in_rank_upstream.resume_without", model_path, tmp_path, fix, world_size=world_size)
+    assert all(text is not None and error in text for text in found), found
+
+
+def test_saving_starts_no_process(ranks, model_path, tmp_path):
+    assert ranks.run_one("in_rank_upstream.children_of_a_save", model_path, tmp_path) == 0
+
+
+def test_saving_works_in_a_script_that_is_not_guarded(model_path, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import sys\n"
+        "from miles_core.algorithms.losses import PPOClip\n"
+        "from miles_train.megatron import MegatronTrainer\n"
+        "trainer = MegatronTrainer(sys.argv[1], {'lr': 1e-3}, PPOClip())\n"
+        "trainer.save(sys.argv[2], {'done': True})\n"
+        "trainer.close()\n"
+    )
+    command = [sys.executable, str(script), str(model_path), str(tmp_path / "checkpoint")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "checkpoint" / "trainer.json").read_text())["state"] == {"done": True}
