@@ -2,12 +2,17 @@
 
 from miles_rollout.rewards.builtin import exact_match, last_integer, position_match
 from miles_rollout.rewards.judge import InProcessJudge, Judge, Verdict
+from miles_rollout.rewards.load import make_judge
+from miles_rollout.rewards.pool import PoolSettings, RewardPool
 
 __all__ = [  # noqa: RUF022 (grouped by subject)
     # where it runs
     "Judge",
-    "InProcessJudge",
     "Verdict",
+    "InProcessJudge",
+    "RewardPool",
+    "PoolSettings",
+    "make_judge",
     # built-in rewards
     "exact_match",
     "last_integer",

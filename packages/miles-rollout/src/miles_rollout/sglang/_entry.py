@@ -61,8 +61,9 @@ def _serve(task: dict[str, Any], owner_pid: int, report: Any) -> None:
 
         cpu.install(task["deterministic"])
     load_plugins()
-    keys = {name: Secret(task[name]) for name in ("api_key", "admin_api_key")}
-    server_args = ServerArgs(**task["arguments"], **keys)
+    arguments: dict[str, Any] = dict(task["arguments"])
+    arguments.update((name, Secret(task[name])) for name in ("api_key", "admin_api_key"))
+    server_args = ServerArgs(**arguments)
 
     def ready() -> None:
         names = {child: _title(child.pid) for child in multiprocessing.active_children()}

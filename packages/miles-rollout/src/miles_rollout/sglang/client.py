@@ -185,7 +185,9 @@ class SGLangEngine:
             raise EngineUnavailable("engine unreachable", f"{where}: {error}") from error
         if response.status >= 400:
             said = f"{where}: {response.status} {answer[:500].decode(errors='replace')}"
-            raise EngineUnavailable("engine failed", said) if response.status >= 500 else EngineError("request refused", said)
+            if response.status >= 500:
+                raise EngineUnavailable("engine failed", said)
+            raise EngineError("request refused", said)
         return answer
 
 
