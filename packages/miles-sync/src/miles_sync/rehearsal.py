@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: PLC2701 - where torch documents it
-from torch.utils._pytree import tree_leaves  # noqa: PLC2701 - what dispatch modes use
+from torch.utils._pytree import tree_leaves, tree_map_only  # noqa: PLC2701 - what dispatch modes use
 
 from miles_sync.errors import MismatchError
 
@@ -87,6 +87,7 @@ class _Watch(TorchDispatchMode):
         origins = set[str]().union(*(self._origins(tensor) for tensor in inputs))
         targets = [t for t in _mutated(func, args, kwargs) if _storage(t) in self._written]
         if targets:
+            _check_shapes(func, args, kwargs)
             for target in targets:
                 self._written[_storage(target)].add(target)
             self.read |= origins
@@ -143,6 +144,14 @@ class _Extents:
             if start <= reached:
                 reached = max(reached, stop)
         return reached >= end
+
+
+def _check_shapes(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Raise what the skipped operation would raise, and for a copy that would repeat its source along a dimension."""
+    if func is torch.ops.aten.copy_.default and args[0].numel() != args[1].numel():
+        raise ValueError(f"copies {list(args[1].shape)} into {list(args[0].shape)}")
+    shadows = tree_map_only(torch.Tensor, lambda t: torch.empty_like(t, device="meta"), (args, kwargs))
+    func(*shadows[0], **shadows[1])
 
 
 def _cut(flags: torch.Tensor, like: torch.Tensor) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """Is this engine a faithful receiver? A check to run against any engine that is started for miles-sync.
 
-It needs a running stock engine, idle, and the weights that it should serve in the end; it asserts, it does not time. Afterwards the
-engine serves `weights` under a higher version, its prefix cache flushed.
+It needs a running stock engine, idle, and the weights that it should serve in the end; it asserts, it does not
+time. Afterwards the engine serves `weights` under a higher version, its prefix cache flushed.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ thread, while the engine generates; only a commit, on the main loop, touches the
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import logging
 import os
 import threading
@@ -27,12 +28,9 @@ from miles_sync.sglang.command import Attend, Order, opened
 from miles_sync.sglang.target import TESTED_VERSION, TOKEN_VARIABLE
 from miles_sync.staging import MAX_DEADLINE_S, Staging
 
-try:
-    import sglang  # noqa: F401 - only inside an engine is this module of use
-except ImportError as error:
-    raise ImportError(
-        'miles_sync.sglang.loader runs inside an SGLang engine: pip install "miles-sync[sglang]"'
-    ) from error
+# Looked for, not imported: the engine has imported itself, and elsewhere that takes 15 s.
+if importlib.util.find_spec("sglang") is None:
+    raise ImportError('miles_sync.sglang.loader runs inside an SGLang engine: pip install "miles-sync[sglang]"')
 
 _log = logging.getLogger(__name__)
 
@@ -84,8 +82,15 @@ class SGLangReceiver:
     """The live weights of an engine's model, changed by the model's own `load_weights`."""
 
     def __init__(self, model: torch.nn.Module) -> None:
-        """Receive into `model`."""
-        self._model = model
+        """Receive into `model`, without keeping it alive."""
+        self._ref = weakref.ref(model)
+
+    @property
+    def _model(self) -> torch.nn.Module:
+        model = self._ref()
+        if model is None:
+            raise MismatchError("the engine has dropped its model", stage="begin")
+        return model
 
     def check(self, staged: Mapping[str, torch.Tensor]) -> None:
         """Rehearse `load_weights` without writing; raise `MismatchError` unless it would write every weight.

@@ -1,0 +1,226 @@
+"""Processes that die or freeze, in each stage: a named error within the deadline, the old weights, a clean retry."""
+
+from __future__ import annotations
+
+import fcntl
+import multiprocessing
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable, Iterator, Sequence
+from multiprocessing.connection import Connection
+
+import pytest
+import torch
+
+from miles_sync import (
+    DeadlineError,
+    ModuleReceiver,
+    PeerLostError,
+    ReceiverTarget,
+    SyncError,
+    TensorMeta,
+    WeightSync,
+    serve,
+)
+from miles_sync.receivers import Receiver
+from miles_sync.sources import as_source
+from miles_sync.staging import Staging
+from miles_sync.transaction import Transaction
+from miles_sync.transports.shm import DIRECTORY
+
+TOKEN = "the token of these tests"
+DEADLINE_S = 3.0
+STAGES = ["begin", "transfer", "verify", "commit"]
+
+# A server forked once with torch loaded: children start in milliseconds and inherit no thread of the tests.
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["miles_sync", "miles_sync.transaction"])
+
+
+def _weights(value: float) -> dict[str, torch.Tensor]:
+    return {"a": torch.full((3000,), value), "b": torch.full((7,), value)}
+
+
+def _module(value: float) -> torch.nn.Module:
+    return torch.nn.ParameterDict(_weights(value))
+
+
+def _values(module: torch.nn.Module) -> set[float]:
+    return {element for tensor in module.parameters() for element in tensor.flatten().tolist()}
+
+
+# -- the sender ----------------------------------------------------------------------------------------
+
+
+def _send_and_die(port: int, kind: str, stage: str, how: int) -> None:
+    """Push version 1 and stop in the middle of a stage."""
+
+    class Source:
+        def metadata(self) -> Sequence[TensorMeta]:
+            return as_source(_weights(2.0)).metadata()
+
+        def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
+            for name, tensor in _weights(2.0).items():
+                if name == "b" and stage == "transfer":
+                    os.kill(os.getpid(), how)
+                yield name, tensor
+
+    torch.set_num_threads(1)
+    if stage != "transfer":
+        # Before the last call of the stage is answered: the receiver is told, the sender gone.
+        name = {"begin": "_offer", "verify": "_verify", "commit": "_commit_one"}[stage]
+        step = getattr(Transaction, name)
+
+        def die(self: Transaction, *args: object) -> None:
+            if stage == "begin":
+                step(self, *args)
+            os.kill(os.getpid(), how)
+
+        setattr(Transaction, name, die)
+    sync = WeightSync([ReceiverTarget("127.0.0.1", port)], token=TOKEN, transport=kind, deadline_s=DEADLINE_S)  # type: ignore[arg-type]
+    sync.push(Source(), 1)
+
+
+@pytest.mark.parametrize("kind", ["shm", "gloo"])
+@pytest.mark.parametrize("stage", STAGES)
+def test_sender_killed(kind: str, stage: str) -> None:
+    module = _module(0.0)
+    with serve(ModuleReceiver(module), token=TOKEN) as server:
+        with WeightSync([ReceiverTarget(server.host, server.port)], token=TOKEN, deadline_s=DEADLINE_S) as sync:
+            first = sync.push(_weights(1.0), 0)
+        child = PROCESSES.Process(target=_send_and_die, args=(server.port, kind, stage, signal.SIGKILL))
+        child.start()
+        child.join(30)
+        assert child.exitcode == -signal.SIGKILL
+        with WeightSync([ReceiverTarget(server.host, server.port)], token=TOKEN, deadline_s=DEADLINE_S) as sync:
+            sync.check(0, first.digest)
+            assert _values(module) == {1.0}
+            sync.push(_weights(3.0), 1)
+        assert _values(module) == {3.0}
+    assert not [name for name in os.listdir(DIRECTORY) if _is_left(name)]
+
+
+def test_sender_frozen_is_given_up_after_the_deadline() -> None:
+    module = _module(0.0)
+    with serve(ModuleReceiver(module), token=TOKEN) as server:
+        child = PROCESSES.Process(target=_send_and_die, args=(server.port, "shm", "transfer", signal.SIGSTOP))
+        child.start()
+        target = ReceiverTarget(server.host, server.port)
+        _eventually(lambda: _stopped(child.pid))
+        sync = WeightSync([target], token=TOKEN, deadline_s=DEADLINE_S)
+        assert _try(sync.connect) == "BusyError"
+        _eventually(lambda: _try(sync.connect) is None)
+        sync.push(_weights(3.0), 1)
+        sync.close()
+        os.kill(child.pid or 0, signal.SIGKILL)
+        child.join(10)
+    assert _values(module) == {3.0}
+
+
+# -- the receiver --------------------------------------------------------------------------------------
+
+
+def _receive_and_die(port: int, stage: str, how: int, ready: Connection) -> None:
+    """Serve a module and stop in the middle of a stage."""
+    torch.set_num_threads(1)
+
+    def die(*args: object) -> None:
+        os.kill(os.getpid(), how)
+
+    module = ModuleReceiver(_module(0.0))
+    if stage in ("transfer", "verify"):
+        setattr(Staging, {"transfer": "_bucket", "verify": "_verify"}[stage], die)
+    receiver: Receiver = module
+    if stage in ("begin", "commit"):
+        setattr(module, {"begin": "check", "commit": "load"}[stage], die)
+    with serve(receiver, token=TOKEN, port=port) as server:
+        ready.send(server.port)
+        server.wait()
+
+
+def _start(port: int, stage: str, how: int) -> tuple[multiprocessing.process.BaseProcess, int]:
+    ours, theirs = PROCESSES.Pipe()
+    child = PROCESSES.Process(target=_receive_and_die, args=(port, stage, how, theirs), daemon=True)
+    child.start()
+    assert ours.poll(30)
+    return child, ours.recv()
+
+
+@pytest.mark.parametrize("kind", ["shm", "gloo"])
+@pytest.mark.parametrize("stage", STAGES)
+def test_receiver_killed(kind: str, stage: str) -> None:
+    child, port = _start(0, stage, signal.SIGKILL)
+    with WeightSync(
+        [ReceiverTarget("127.0.0.1", port)],
+        token=TOKEN,
+        transport=kind,  # type: ignore[arg-type]
+        deadline_s=DEADLINE_S,
+    ) as sync:
+        start = time.monotonic()
+        with pytest.raises(PeerLostError) as caught:
+            sync.push(_weights(1.0), 0)
+        assert time.monotonic() - start < 2 * DEADLINE_S + 2
+        assert caught.value.peer and caught.value.stage in ("begin", "transfer", "verify", "commit")
+        child.join(10)
+        child, _ = _start(port, "never", signal.SIGKILL)
+        report = sync.push(_weights(1.0), 0)
+        sync.check(0, report.digest)
+    child.kill()
+    child.join(10)
+
+
+@pytest.mark.parametrize(
+    ("stage", "kind"), [("begin", "shm"), ("transfer", "gloo"), ("verify", "shm"), ("commit", "shm")]
+)
+def test_receiver_frozen(kind: str, stage: str) -> None:
+    child, port = _start(0, stage, signal.SIGSTOP)
+    sync = WeightSync([ReceiverTarget("127.0.0.1", port)], token=TOKEN, transport=kind, deadline_s=1.0)  # type: ignore[arg-type]
+    sync.connect()
+    start = time.monotonic()
+    with pytest.raises(DeadlineError):
+        sync.push(_weights(1.0), 0)
+    assert time.monotonic() - start < 10
+    sync.close()
+    child.kill()
+    child.join(10)
+
+
+def test_nobody_there() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+    with pytest.raises(PeerLostError, match=f"127.0.0.1:{port}"):
+        WeightSync([ReceiverTarget("127.0.0.1", port)], token=TOKEN, deadline_s=1).connect()
+
+
+def _stopped(pid: int | None) -> bool:
+    with open(f"/proc/{pid}/stat") as stat:
+        return stat.read().rsplit(")", 1)[1].split()[0] == "T"
+
+
+def _is_left(name: str) -> bool:
+    """Whether a segment was left by a process that is gone: its lock is free."""
+    if not name.startswith("miles-sync-"):
+        return False
+    try:
+        with open(os.path.join(DIRECTORY, name)) as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+    except OSError:
+        return False
+
+
+def _try(act: Callable[[], object]) -> str | None:
+    try:
+        act()
+    except SyncError as error:
+        return type(error).__name__
+    return None
+
+
+def _eventually(condition: Callable[[], bool], seconds: float = 20.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.05)
