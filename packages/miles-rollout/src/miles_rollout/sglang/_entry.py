@@ -30,6 +30,8 @@ from collections.abc import Iterable
 from multiprocessing.connection import wait
 from typing import Any, NoReturn
 
+from miles_rollout.sglang import cpu
+
 
 def main() -> None:
     """Serve until killed."""
@@ -51,14 +53,14 @@ def main() -> None:
 
 
 def _serve(task: dict[str, Any], owner_pid: int, report: Any) -> None:
+    if task["cpu"]:
+        cpu.leave_out_unused()
     # Order matters: the shim's hooks must be registered before the modules that they hook are used.
     from sglang.srt.entrypoints.http_server import launch_server  # noqa: PLC0415  after die_with
     from sglang.srt.plugins import load_plugins  # noqa: PLC0415
     from sglang.srt.server_args import ServerArgs  # noqa: PLC0415
 
     if task["cpu"]:
-        from miles_rollout.sglang import cpu  # noqa: PLC0415
-
         cpu.install(task["deterministic"])
     load_plugins()
     arguments: dict[str, Any] = dict(task["arguments"])

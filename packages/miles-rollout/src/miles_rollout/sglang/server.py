@@ -207,7 +207,9 @@ class SGLangServer:
         # SGLang's sockets and their files, which it leaves behind, in a folder that nobody else can enter.
         _remove_leftovers()
         self._temporary = tempfile.mkdtemp(prefix=f"{_TEMPORARY}{os.getpid()}-")
-        environment = cpu.environment(os.environ) if self._is_cpu else dict(os.environ)
+        environment = dict(os.environ)
+        if self._is_cpu:
+            environment = cpu.environment(environment, _architectures(settings.model_path))
         # Plugins of other packages do not run in our engines.
         environment |= {"TMPDIR": self._temporary, "SGLANG_PLUGINS": "miles"}
         task = {
@@ -253,6 +255,10 @@ class SGLangServer:
             return f"Its log {path} cannot be read ({error.strerror})."
         tail = "\n".join(f"  | {line[:300]}" for line in lines[-_LOG_TAIL_LINES:])
         return f"The end of its log {path}:\n{tail}"
+
+
+def _architectures(model_path: str) -> list[str]:
+    return json.loads(Path(model_path, "config.json").read_text()).get("architectures") or []
 
 
 def _exit_words(code: int | None) -> str:
