@@ -212,7 +212,7 @@ def test_weights_that_are_stored_in_another_form_are_refused(
 
 def test_state_goes_with_the_model() -> None:
     model = Model()
-    loader.load(model, [("{}", torch.empty(0))])
+    InProcessTarget(model).command(Order("commit", "none"))
     assert model in loader._stagings
     alive = weakref.ref(model)
     del model
