@@ -115,7 +115,8 @@ def _environment() -> dict[str, str]:
 
 
 def _names(process: psutil.Process) -> set[str]:
-    names = {process.name(), *(Path(part).name for part in process.cmdline()[:1])}
+    command = process.cmdline()
+    names = {process.name(), *(Path(part).name for part in command[:1]), *command[2:3]}  # python -m THIS
     with contextlib.suppress(psutil.Error):
         names |= {Path(file.path).stem.rpartition("-")[0] for file in process.open_files() if "/logs/" in file.path}
     return names
