@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 
 from miles_sync.buckets import cut, pack
-from miles_sync.digest import Digest
+from miles_sync.digest import CHUNK_BYTES, Digest
 from miles_sync.errors import MismatchError
 from miles_sync.manifest import describe, lay_out
 from miles_sync.sources import named_weights
@@ -82,10 +82,10 @@ class ModuleReceiver:
 def fingerprint(weights: Mapping[str, torch.Tensor]) -> str:
     """Digest named tensors where they lie: 32 hex digits over names, dtypes, shapes and every byte.
 
-    Reads through one bucket of host memory. Equal to a transaction's digest where names, order and dtypes are equal.
+    Reads through 8 MiB of host memory. Equal to a transaction's digest where names, order and dtypes are equal.
     """
     manifest = lay_out((describe(name, tensor) for name, tensor in weights.items()), version=0)
-    buckets = cut(manifest.total_bytes)
+    buckets = cut(manifest.total_bytes, CHUNK_BYTES)
     buffer = torch.empty(buckets[0].nbytes, dtype=torch.uint8)
     digest = Digest()
     for bucket, packed in pack(manifest, weights.items(), buckets, lambda b: buffer[: b.nbytes]):
