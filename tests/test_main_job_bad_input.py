@@ -15,6 +15,13 @@ def nan(prompt, sample):
 
 def too_few(prompt):
     return 1.0
+
+def fill_the_disk(groups):
+    import os
+    for name in os.listdir("/proc/self/fd"):
+        if os.path.realpath(f"/proc/self/fd/{name}").endswith("metrics.jsonl"):
+            os.dup2(os.open("/dev/full", os.O_WRONLY), int(name))
+    return {}
 """
 
 
@@ -109,3 +116,11 @@ def test_a_reward_that_fails_on_every_sample(reward: str, part: str, tmp_path: P
 def test_an_engine_that_cannot_start(tmp_path: Path):
     text = refused(tmp_path, "rollout.sglang.attention_backend='no_such_backend'", code=3)
     assert "could not start" in text and "no_such_backend" in text
+
+
+@pytest.mark.xdist_group("main_job")
+def test_a_disk_that_is_full(tmp_path: Path):
+    """A hook of the driver puts /dev/full in the place of metrics.jsonl: the real write gets the real error."""
+    (tmp_path / "my_rewards.py").write_text(REWARDS)
+    text = refused(tmp_path, "hooks.metrics='my_rewards:fill_the_disk'")
+    assert "disk of runs" in text and "No space left" in text and "--resume" in text, text

@@ -2,7 +2,6 @@
 
 import os
 import sys
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
@@ -78,8 +77,4 @@ def _guarded(command: Callable[[], object]) -> int:
     except KeyboardInterrupt:
         print("miles: stopped before the run began; there was nothing to save", file=sys.stderr)  # noqa: T201
         return Interrupted.exit_code
-    except OSError as error:
-        traceback.print_exc()
-        print(f"miles: error: the operating system refused: {error}", file=sys.stderr)  # noqa: T201
-        return 1
     return 0

@@ -1,11 +1,12 @@
 """`miles run`: check, run, and say what happened."""
 
 import contextlib
+import errno
 import json
 from collections.abc import Generator
 from pathlib import Path
 
-from miles_core import InputError, Interrupted, MilesError, Recipe
+from miles_core import InputError, Interrupted, Recipe
 from miles_core.observe import Console, Sink, read_metrics
 from miles_core.observe.plot import plot_rewards
 from miles_core.observe.sinks import open_sinks
@@ -78,16 +79,20 @@ def _ending(console: Console, recipe: Recipe, run_dir: RunDir) -> Generator[None
     """Whatever ends the run, plot what there is and say how to go on."""
     try:
         yield
-    except Interrupted:
-        _plot(run_dir, recipe)
-        console.note(f"go on with the same command and --resume; so far: {run_dir.path}")
-        raise
-    except MilesError:
-        _plot(run_dir, recipe)
-        console.note(
-            f"what was done so far is in {run_dir.path} (logs of every process in {run_dir.logs}); "
-            "--resume goes on from the last checkpoint"
-        )
+    except BaseException as error:
+        if isinstance(error, Interrupted):
+            console.note(f"go on with the same command and --resume; so far: {run_dir.path}")
+        else:
+            console.note(
+                f"what was done so far is in {run_dir.path} (logs of every process in {run_dir.logs}); "
+                "--resume goes on from the last checkpoint"
+            )
+        with contextlib.suppress(OSError):  # the disk may be what ended it
+            _plot(run_dir, recipe)
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise InputError(
+                "disk of runs", str(run_dir.path), f"must have room ({error.strerror})", "Free some, then --resume."
+            ) from error
         raise
     _plot(run_dir, recipe)
     for line in _summary(run_dir):

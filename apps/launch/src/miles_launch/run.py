@@ -82,7 +82,10 @@ def run(
     num_cpus = max(os.cpu_count() or 1, math.ceil(sum(role.count * role.num_cpus for role in roles)))
     console.status("starting Ray")
     with warden(), ray_cluster(recipe.cluster.address, num_cpus, recipe.cluster.dashboard_port) as cluster:
-        asyncio.run(_drive(prepared, run_dir, checkpoint, console, sinks, place(cluster, roles)))
+        try:
+            asyncio.run(_drive(prepared, run_dir, checkpoint, console, sinks, place(cluster, roles)))
+        except asyncio.CancelledError as error:
+            raise Interrupted(f"{error}; what came after the last checkpoint is lost") from None
 
 
 async def _drive(

@@ -20,6 +20,7 @@ from miles_core.cluster.plan import Plan, Slot
 from miles_core.errors import DeadlineExceeded, MilesError, RoleDied
 from miles_core.hooks import load_object
 
+DEATH_NEWS_S = 2.0  # hosted objects look at what they watch twice a second
 CLOSE_DEADLINE_S = 20.0  # an engine ends its process tree within 10 s; after this the actor is killed
 
 
@@ -199,7 +200,10 @@ class Crew:
             raise DeadlineExceeded(
                 f"the driver waited for {member.name}.{what} since {clock}, longer than the {deadline_s:g} s allowed"
             )
-        if answer.done() and not isinstance(answer.exception(), ray.exceptions.RayActorError):
+        if answer.done() and answer.exception() is not None:
+            # An error is often the first sign of somebody else's death: let that be named instead.
+            await asyncio.wait({self._death}, timeout=DEATH_NEWS_S)
+        if answer.done() and not self._death.done():
             return _result(answer, member, what)
         if not answer.done():
             answer.cancel()
@@ -220,6 +224,8 @@ def _result(answer: "asyncio.Future[Any]", member: Member, what: str) -> Any:
         if isinstance(cause, MilesError):
             raise cause
         raise MilesError(f"{member.name}.{what} failed: {error}") from error
+    if isinstance(error, ray.exceptions.RayActorError):
+        raise RoleDied(f"{member.name} died: {_reason(error)}") from error
     raise error
 
 
