@@ -106,6 +106,7 @@ def _watch_children(names: dict[Any, str], report: Any) -> None:
     gone = wait([child.sentinel for child in names])
     for child, name in names.items():
         if child.sentinel in gone:
+            child.join(1.0)  # its pipe closes a moment before its exit code is there
             report(event="died", process=name, exit=child.exitcode)
     _end()
 

@@ -82,6 +82,8 @@ class SGLangEngine:
         namespace: str = "",
     ) -> list[Completion]:
         """See Engine.generate. One request carries the whole group."""
+        if not input_ids:  # it would end SGLang's scheduler, and the engine with it
+            raise EngineError("request refused", "a prompt of no tokens")
         params: dict[str, Any] = {
             "max_new_tokens": sampling.max_new_tokens,
             "temperature": sampling.temperature,
@@ -99,7 +101,7 @@ class SGLangEngine:
             "return_logprob": True,
             "extra_key": [namespace] * num_samples,
         }
-        answer = await self._post("/generate", _encode(body))
+        answer = await self._request("POST", "/generate", _encode(body), retries=self._max_retries)
         try:
             replies = _decode(answer)
         except msgspec.DecodeError as error:
@@ -152,14 +154,11 @@ class SGLangEngine:
             await self._session.close()
             self._session = None
 
-    async def _post(self, path: str, body: bytes) -> bytes:
-        return await self._request("POST", path, body, retries=self._max_retries)
-
     async def _request(self, method: str, path: str, body: bytes | None, *, retries: int, admin: bool = False) -> bytes:
         retrying = tenacity.AsyncRetrying(
             retry=tenacity.retry_if_exception_type(EngineUnavailable),
             stop=tenacity.stop_after_attempt(retries + 1),
-            wait=tenacity.wait_exponential_jitter(initial=0.2, max=5.0),
+            wait=tenacity.wait_random_exponential(multiplier=0.2, max=5.0),
             before_sleep=tenacity.before_sleep_log(_log, logging.WARNING),
             reraise=True,
         )
@@ -169,8 +168,9 @@ class SGLangEngine:
         if self._session is None:  # made here: a session belongs to the running loop
             self._session = aiohttp.ClientSession(
                 self._address.url,
-                # The engine queues requests itself; a limit here would hide them from its scheduler.
-                connector=aiohttp.TCPConnector(limit=0),
+                # The engine queues requests itself; a limit here would hide them from its scheduler. It hangs up after
+                # 5 s of silence: a connection taken up at that moment would fail, and not every call may be retried.
+                connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=2.0),
                 timeout=aiohttp.ClientTimeout(total=self._deadline_s),
             )
         key = self._address.admin_api_key if admin else self._address.api_key
@@ -184,7 +184,7 @@ class SGLangEngine:
         except aiohttp.ClientError as error:
             raise EngineUnavailable("engine unreachable", f"{where}: {error}") from error
         if response.status >= 400:
-            said = f"{where}: {response.status} {answer[:500].decode(errors='replace')}"
+            said = f"{where}: {response.status} {_said(answer)}"
             if response.status >= 500:
                 raise EngineUnavailable("engine failed", said)
             raise EngineError("request refused", said)
@@ -208,6 +208,24 @@ def _completion(reply: _Reply, stop_token_ids: Sequence[int]) -> Completion:
         raise EngineError("logprob not finite", f"token {reply.output_ids[int(np.argmin(np.isfinite(values)))]}")
     span = VersionSpan(0, len(values), _version(meta.weight_version))
     return Completion(np.asarray(reply.output_ids, np.int32), values, reason, (span,))
+
+
+class _Error(msgspec.Struct):
+    message: str
+
+
+class _Refusal(msgspec.Struct):
+    error: _Error | str = ""
+    message: str = ""
+
+
+def _said(answer: bytes) -> str:
+    """The message in an error's body, in the shapes that SGLang gives it."""
+    try:
+        refusal = msgspec.json.decode(answer, type=_Refusal)
+    except msgspec.DecodeError:
+        return answer[:500].decode(errors="replace")
+    return (refusal.error.message if isinstance(refusal.error, _Error) else refusal.error) or refusal.message
 
 
 def _version(text: str) -> int:

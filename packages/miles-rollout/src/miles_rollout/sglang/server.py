@@ -15,6 +15,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import secrets
 import shutil
 import signal
@@ -40,6 +41,8 @@ from miles_rollout.sglang.client import EngineAddress
 # Below the ports that the kernel hands out to outgoing connections (32768 and up).
 _PORTS = range(20000, 32000)
 _LOG_TAIL_LINES = 25
+# The last line of a traceback.
+_RAISED = re.compile(r"[\w.]*(Error|Exception|Interrupt): ")
 # Seconds that killed processes may take to be gone.
 _STOP_GRACE_S = 5.0
 # Temporary folders: the prefix, then the owner's pid. The file in it lists what is in shared memory.
@@ -112,6 +115,7 @@ class SGLangServer:
         self._stopping = False
         self._events: list[dict[str, Any]] = []
         self._since = 0.0
+        self._log_start = 0
 
     @property
     def address(self) -> EngineAddress:
@@ -219,6 +223,7 @@ class SGLangServer:
             **self._keys,
         }
         with settings.log_path.open("ab") as log:
+            self._log_start = log.tell()
             process = subprocess.Popen(
                 [sys.executable, "-m", "miles_rollout.sglang._entry", str(os.getpid()), str(status_out)],
                 stdin=subprocess.PIPE,
@@ -235,26 +240,29 @@ class SGLangServer:
         return process
 
     def _why_not_started(self) -> str:
-        name = self._settings.name
-        if self._stopping and self._process is not None and not self._events:
-            cause = "its process " + _exit_words(self._process.returncode)
-        else:
-            cause = next((e["error"] for e in self._events if e["event"] == "failed"), "a process of it died")
+        settings = self._settings
+        failed = next((event["error"] for event in self._events if event["event"] == "failed"), None)
+        # A scheduler that fails has the main process killed: what it raised is in the log alone.
+        raised = [line for line in self._log_lines() if _RAISED.match(line)]
+        code = None if self._process is None else self._process.returncode
+        cause = failed or (raised[-1] if raised else f"its process {_exit_words(code)}")
         return (
-            f"{name} (SGLang) could not start: {cause}. Settings: model.path = {self._settings.model_path!r}, "
-            f"rollout.sglang = {dict(self._settings.arguments)!r}.\n{self._log_tail()}"
+            f"{settings.name} (SGLang) could not start: {cause[:1000]}. It was given model.path = "
+            f"{settings.model_path!r} and rollout.sglang = {dict(settings.arguments)!r}.\n{self._log_tail()}"
         )
 
     def _log_tail(self) -> str:
-        path = self._settings.log_path
+        tail = "\n".join(f"  | {line[:300]}" for line in self._log_lines()[-_LOG_TAIL_LINES:])
+        return f"The end of its log {self._settings.log_path}:\n{tail}"
+
+    def _log_lines(self) -> list[str]:
+        """What this engine wrote last; the file may hold the logs of earlier ones before it."""
         try:
-            with path.open("rb") as log:
-                log.seek(max(path.stat().st_size - 64_000, 0))
-                lines = log.read().decode(errors="replace").splitlines()
+            with self._settings.log_path.open("rb") as log:
+                log.seek(max(self._log_start, self._settings.log_path.stat().st_size - 64_000))
+                return log.read().decode(errors="replace").splitlines()
         except OSError as error:
-            return f"Its log {path} cannot be read ({error.strerror})."
-        tail = "\n".join(f"  | {line[:300]}" for line in lines[-_LOG_TAIL_LINES:])
-        return f"The end of its log {path}:\n{tail}"
+            return [f"(cannot be read: {error.strerror})"]
 
 
 def _architectures(model_path: str) -> list[str]:
@@ -263,7 +271,7 @@ def _architectures(model_path: str) -> list[str]:
 
 def _exit_words(code: int | None) -> str:
     if code is None:
-        return "was never launched"
+        return "is gone"
     if code < 0:
         return f"was ended by {signal.Signals(-code).name}"
     return f"exited with code {code}"
