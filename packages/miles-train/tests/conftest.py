@@ -60,12 +60,13 @@ class Ranks:
         return self.run(function, *args)[0]
 
     def close(self):
-        for process in self._processes:
+        processes, self._processes = self._processes, []
+        for process in processes:
             process.kill()  # they hold nothing: leaving in order takes seconds
-            process.stdin.close()
             process.stdout.close()
+            with contextlib.suppress(BrokenPipeError):
+                process.stdin.close()
             process.wait()
-        self._processes = []
 
 
 def _start():

@@ -1,6 +1,8 @@
 """What the tests of the trainer do inside a rank's process."""
 
 import functools
+import os
+from pathlib import Path
 
 import torch
 from tiny import VOCAB, batch_of
@@ -163,3 +165,50 @@ def step_with_infinite_gradient(address, path):
         return str(error), all(torch.equal(before[name], tensor) for name, tensor in trainer.weights())
     finally:
         trainer.close()
+
+
+def fail_to_write(address, path, folder):
+    """Errors of a save and two exports to where none can be written."""
+    trainer = make_trainer(address, path)
+    errors = []
+    for write in (
+        lambda: trainer.save(folder / "file" / "a", {"step": 0}),
+        lambda: trainer.export(folder / "file" / "hf"),
+        lambda: trainer.export(folder),
+    ):
+        try:
+            write()
+        except CheckpointError as error:
+            errors.append(str(error))
+    trainer.close()
+    return errors
+
+
+def write_again(address, path, folder):
+    """Save to a folder that `latest` does not name, then to the one it names; export twice. The last save's error."""
+    trainer = make_trainer(address, path)
+    trainer.save(folder / "a", {"step": 0})
+    trainer.save(folder / "b", {"step": 1})
+    (folder / "latest").write_text("a\n")  # as after a crash between writing b and pointing to it
+    trainer.save(folder / "b", {"step": 2})
+    trainer.export(folder / "hf")
+    trainer.step([batch_of().take(range(address[0], 12, address[1]))])
+    trainer.export(folder / "hf")
+    try:
+        trainer.save(folder / "b", {"step": 3})
+    except CheckpointError as error:
+        return str(error)
+    finally:
+        trainer.close()
+
+
+def run_example(_, code, folder):
+    """Run the README's example with `folder` as working directory."""
+    here = Path.cwd()
+    os.chdir(folder)
+    try:
+        names = {}
+        exec(code, names)
+        names["trainer"].close()
+    finally:
+        os.chdir(here)

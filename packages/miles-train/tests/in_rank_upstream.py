@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import multiprocessing
+import time
 
 import torch
 from in_rank_trainer import make_trainer
@@ -69,10 +70,19 @@ def resume_without(address, path, folder, fix):
         conformance.resumes(subject, folder / "resume")
         conformance.resumes_from_the_start(subject, folder / "start")
     except Exception as error:  # noqa: BLE001  # whatever it is, the test wants to see it
+        leave_together(address, folder)
         return f"{type(error).__name__}: {error}"
     finally:
         setattr(resume_fixes, fix, original)
         runtime.stop()
+
+
+def leave_together(address, folder):
+    """Wait until every rank is here: one that left would keep the others waiting in their collective."""
+    rank, world_size = address[:2]
+    (folder / f"here-{rank}").touch()
+    while len(list(folder.glob("here-*"))) < world_size:
+        time.sleep(0.01)
 
 
 def children_of_a_save(address, path, folder):

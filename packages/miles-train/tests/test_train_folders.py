@@ -33,6 +33,17 @@ def test_what_exists_is_never_overwritten(tmp_path):
         folders.begin(tmp_path / "a")
 
 
+def test_what_may_go_is_replaced_when_the_new_one_is_whole(tmp_path):
+    write(tmp_path / "a", "old")
+    partial = folders.begin(tmp_path / "a", replaces=lambda target: True)
+    assert (tmp_path / "a" / "marker").read_text() == "old"
+    (partial / "marker").write_text("new")
+    folders.publish(tmp_path / "a")
+    assert (tmp_path / "a" / "marker").read_text() == "new"
+    assert folders.is_latest(tmp_path / "a") and not folders.is_latest(tmp_path / "b")
+    assert sorted(os.listdir(tmp_path)) == ["a", "latest"]
+
+
 def test_only_the_newest_are_kept_and_others_files_are_left_alone(tmp_path):
     (tmp_path / "notes").mkdir()
     for name in "abcd":

@@ -144,6 +144,21 @@ def test_checkpoints_are_pruned_and_damage_is_found(ranks, model_path, tmp_path)
     assert "step-3 is damaged" in message
 
 
+def test_what_cannot_be_written_is_an_error_on_every_rank(ranks, model_path, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    for errors in ranks.run("in_rank_trainer.fail_to_write", model_path, tmp_path, world_size=2):
+        assert len(errors) == 3 and all("could not" in text for text in errors), errors
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_leftovers_and_older_exports_are_replaced_the_latest_checkpoint_never(ranks, model_path, tmp_path):
+    message = ranks.run_one("in_rank_trainer.write_again", model_path, tmp_path)
+    assert "exists" in message
+    assert (tmp_path / "latest").read_text() == "b\n"
+    assert json.loads((tmp_path / "b" / "trainer.json").read_text())["state"] == {"step": 2}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "hf", "latest"]
+
+
 def test_a_checkpoint_of_one_rank_is_refused_by_two(ranks, model_path, tmp_path):
     ranks.run_one("in_rank_trainer.save_four", model_path, tmp_path)
     messages = ranks.run("in_rank_trainer.load_fails", model_path, tmp_path, world_size=2)

@@ -7,9 +7,11 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from miles_core.errors import InputError
 from miles_train import folders
 from miles_train.errors import CheckpointError
 from miles_train.model_dir import INDEX, ModelDirectory, open_model_directory
@@ -37,7 +39,7 @@ def export_directory(
     """Write config, tokenizer files and weights; memory of one shard is used.
 
     Args:
-        path: directory to make; must not exist.
+        path: directory to make. A complete model directory that is there is replaced; anything else is not.
         source: where config.json and the tokenizer's files come from. Its dtype becomes that of the weights.
         weights: gives name and tensor of every weight, in the same order each time it is called: once to plan, once to
             write, once to compare.
@@ -47,7 +49,7 @@ def export_directory(
         CheckpointError: it could not be written, or did not read back bit for bit; nothing is at `path` then.
     """
     try:
-        partial = folders.begin(path)
+        partial = folders.begin(path, replaces=_is_model_directory)
         shards = _plan(weights(), max_shard_bytes)
         _write_shards(partial, shards, weights())
         dtypes = {tensor.dtype for _, tensor in weights()}
@@ -55,10 +57,19 @@ def export_directory(
         _copy_files(partial, source.path)
         _compare(partial, weights())
         folders.publish(path)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise CheckpointError(
-            f"export {path} could not be written: {error}. The directory must be new, its disk writable and have room."
+            f"export {path} could not be written: {error}. The directory must be new or hold an older export, and its "
+            "disk be writable and have room."
         ) from error
+
+
+def _is_model_directory(path: Path) -> bool:
+    try:
+        open_model_directory(path)
+    except InputError:
+        return False
+    return True
 
 
 def _plan(weights: Weights, max_shard_bytes: int) -> dict[str, str]:

@@ -2,19 +2,24 @@
 
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 LATEST = "latest"
 _PARTIAL = ".partial-"
 
 
-def begin(target: Path) -> Path:
+def begin(target: Path, replaces: Callable[[Path], bool] = lambda target: False) -> Path:
     """Make an empty folder beside `target` to write into; what an earlier crash left there is removed.
 
+    Args:
+        target: what `publish` will make.
+        replaces: whether a `target` that is there may go when the new one is complete.
+
     Raises:
-        FileExistsError: `target` is there.
+        FileExistsError: `target` is there, and may not go.
     """
-    if target.exists():
+    if target.exists() and not replaces(target):
         raise FileExistsError(f"{target} exists: choose another name, or remove it")
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = partial_name(target)
@@ -29,14 +34,19 @@ def partial_name(target: Path) -> Path:
 
 
 def publish(target: Path) -> None:
-    """Bring what was written since `begin` to the disk, then give it its name in one step."""
+    """Bring what was written since `begin` to the disk, then give it its name; what had that name goes."""
     partial = partial_name(target)
     for folder, _, files in os.walk(partial):
         for name in files:
             _sync(Path(folder, name))
         _sync(Path(folder))
+    old = target.with_name(_PARTIAL + "old-" + target.name)
+    shutil.rmtree(old, ignore_errors=True)
+    if target.exists():
+        target.rename(old)
     partial.rename(target)
     _sync(target.parent)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def point_to(target: Path) -> None:
@@ -47,6 +57,12 @@ def point_to(target: Path) -> None:
     _sync(written)
     written.replace(pointer)
     _sync(target.parent)
+
+
+def is_latest(target: Path) -> bool:
+    """Whether `latest` beside `target` names it."""
+    pointer = target.with_name(LATEST)
+    return pointer.is_file() and pointer.read_text(encoding="utf-8").strip() == target.name
 
 
 def resolve(path: Path) -> Path | None:

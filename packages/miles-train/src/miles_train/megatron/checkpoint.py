@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from miles_train import folders
 from miles_train.errors import CheckpointError
-from miles_train.megatron import cpu_shim, resume_fixes
+from miles_train.megatron import cpu_shim, resume_fixes, runtime
 from miles_train.megatron.upstream import (
     MEGATRON_VERSION,
     ChainedOptimizer,
@@ -52,7 +52,7 @@ def save(
     """Write a checkpoint; collective. It is complete or not there, whenever the process dies.
 
     Args:
-        path: folder to write; must not exist, and be the same for all ranks.
+        path: folder to write, the same for all ranks. What is there is replaced, but never the one `latest` names.
         model: unwrapped.
         optimizer: over it.
         scheduler: of the optimizer.
@@ -60,8 +60,7 @@ def save(
         keep: how many of the newest checkpoints in path's parent to keep; None keeps all.
 
     Raises:
-        CheckpointError: it could not be written (on rank 0; the others raise too, or wait for it until the group's
-            timeout). What `latest` names is untouched.
+        CheckpointError: it could not be written; every rank raises. What `latest` names is untouched.
     """
     header = {
         "format": _FORMAT,
@@ -70,12 +69,21 @@ def save(
         "optimizer": _kind(optimizer),
         "state": dict(state),
     }
+
+    def begin() -> None:
+        # A crash after `publish` and before `point_to` leaves a folder that a resumed run will write again.
+        partial = folders.begin(path, replaces=lambda target: not folders.is_latest(target))
+        (partial / _DATA).mkdir()
+        (partial / MARKER).write_text(json.dumps(header, indent=1), encoding="utf-8")
+
+    def finish() -> None:
+        folders.publish(path)
+        folders.point_to(path)
+        if keep is not None:
+            folders.keep_newest(path, keep, MARKER)
+
     try:
-        if distributed.get_rank() == 0:
-            partial = folders.begin(path)
-            (partial / _DATA).mkdir()
-            (partial / MARKER).write_text(json.dumps(header, indent=1), encoding="utf-8")
-        distributed.barrier()
+        runtime.on_rank_0(begin)
         resume_fixes.write_without_manager()
         with cpu_shim.active():
             dist_checkpointing.save(
@@ -83,16 +91,11 @@ def save(
                 str(folders.partial_name(path) / _DATA),
                 verify_integrity=True,
             )
-        if distributed.get_rank() == 0:
-            folders.publish(path)
-            folders.point_to(path)
-            if keep is not None:
-                folders.keep_newest(path, keep, MARKER)
-        distributed.barrier()
+        runtime.on_rank_0(finish)
     except (OSError, CheckpointException, CheckpointingException) as error:
         raise CheckpointError(
-            f"checkpoint {path} could not be written: {error}. The folder must be new, its disk writable and have "
-            "room. The checkpoints before it are untouched."
+            f"checkpoint {path} could not be written: {_reason(error)}. The folder must be new, its disk writable and "
+            "have room. The checkpoints before it are untouched."
         ) from error
 
 
@@ -126,7 +129,7 @@ def load(
             loaded: Any = dist_checkpointing.load(contents, str(folder / _DATA), verify_integrity=True)
         except (OSError, CheckpointException, CheckpointingException, ValueError) as error:
             raise CheckpointError(
-                f"checkpoint {folder} is damaged or does not fit this model: {error}. Resume from another one."
+                f"checkpoint {folder} is damaged or does not fit this model: {_reason(error)}. Resume from another one."
             ) from error
         model.load_state_dict(loaded["model"])
         resume_fixes.restore_zero_step(loaded["optimizer"])
@@ -185,6 +188,13 @@ def _contents(
     if saved_ranks in (None, world_size):
         contents["random"] = ShardedObject("random", _random_states(), (world_size,), (rank,), replica_id=0)
     return contents
+
+
+def _reason(error: BaseException) -> str:
+    """What went wrong, in a line; torch's own text is the traceback of every rank."""
+    if isinstance(error, CheckpointException):
+        return "; ".join(f"rank {rank}: {failure[0]}" for rank, failure in sorted(error.failures.items()))
+    return str(error)
 
 
 def _kind(optimizer: MegatronOptimizer) -> str:

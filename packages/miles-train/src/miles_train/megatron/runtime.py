@@ -7,15 +7,17 @@ import argparse
 import logging
 import random
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import numpy as np
 import torch
 from torch import distributed
 
+from miles_train.errors import CheckpointError
 from miles_train.megatron import cpu_shim
 from miles_train.megatron.upstream import model_parallel_cuda_manual_seed, parallel_state
 
@@ -28,13 +30,13 @@ class Address:
         rank: this process, from 0.
         world_size: processes of the trainer.
         master_host: host of rank 0.
-        master_port: a free TCP port there.
+        master_port: a free TCP port there; one rank alone needs none.
     """
 
     rank: int = 0
     world_size: int = 1
     master_host: str = "127.0.0.1"
-    master_port: int = 29500
+    master_port: int = 0
 
 
 def device_of_this_process() -> torch.device:
@@ -60,7 +62,7 @@ def start(args: argparse.Namespace, address: Address, *, deterministic: bool) ->
     timeout = timedelta(minutes=args.distributed_timeout_minutes)
     distributed.init_process_group(
         args.distributed_backend,
-        init_method=f"tcp://{address.master_host}:{address.master_port}",
+        store=_store(address, timeout),
         rank=address.rank,
         world_size=address.world_size,
         timeout=timeout,
@@ -77,6 +79,17 @@ def start(args: argparse.Namespace, address: Address, *, deterministic: bool) ->
     torch.manual_seed(args.seed)
     with cpu_shim.active():
         model_parallel_cuda_manual_seed(args.seed)
+
+
+def _store(address: Address, timeout: timedelta) -> Any:
+    if address.world_size == 1:
+        return distributed.HashStore()  # pyright: ignore[reportPrivateImportUsage]  # public by its documentation
+    if not address.master_port:
+        raise ValueError(f"master_port = 0: {address.world_size} ranks need a free TCP port on {address.master_host}")
+    is_master = address.rank == 0
+    return distributed.TCPStore(  # pyright: ignore[reportPrivateImportUsage]
+        address.master_host, address.master_port, address.world_size, is_master=is_master, timeout=timeout
+    )
 
 
 def _hush() -> None:
@@ -103,6 +116,26 @@ def stop() -> None:
     if distributed.is_initialized():
         parallel_state.destroy_model_parallel()
         distributed.destroy_process_group()
+
+
+def on_rank_0(action: Callable[[], None]) -> None:
+    """Run `action` on rank 0 while the others wait for it; collective.
+
+    Raises:
+        CheckpointError: on every other rank, where it failed on rank 0; what it raised propagates there.
+    """
+    error: Exception | None = None
+    if distributed.get_rank() == 0:
+        try:
+            action()
+        except Exception as caught:  # noqa: BLE001  # raised below, when the others know
+            error = caught
+    failed = torch.tensor(error is not None, dtype=torch.int32, device=device_of_this_process())
+    distributed.broadcast(failed, src=0)
+    if error is not None:
+        raise error
+    if failed.item():
+        raise CheckpointError("rank 0 could not write: its error says why")
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import Tensor, distributed
+from torch import Tensor
 
 from miles_core.algorithms.losses import Loss
 from miles_core.hooks import AfterModelInit, AfterTrainStep, BeforeLogprobs, BeforeTrainStep
@@ -163,7 +163,8 @@ class MegatronTrainer:
         """Write a checkpoint: model, optimizer, schedule, random states, and `state`.
 
         Args:
-            path: folder to write, the same on all ranks; must not exist. `latest` beside it then names it.
+            path: folder to write, the same on all ranks. `latest` beside it then names it. What is there is replaced,
+                but never the checkpoint that `latest` names.
             state: the caller's own, JSON-able (weight version, data cursor). Rank 0's is written.
             keep: how many of the newest checkpoints beside it to keep; None keeps all.
 
@@ -191,14 +192,12 @@ class MegatronTrainer:
         """Write a Hugging Face directory: the weights in the parameters' dtype, config.json and the tokenizer's files.
 
         Args:
-            path: directory to make, the same on all ranks; must not exist. Written by rank 0.
+            path: directory to make, the same on all ranks; written by rank 0. An older export there is replaced.
 
         Raises:
             CheckpointError: it could not be written, or did not read back bit for bit; nothing is at `path` then.
         """
-        if distributed.get_rank() == 0:
-            export_directory(Path(path), self._directory, self.weights)
-        distributed.barrier()
+        runtime.on_rank_0(lambda: export_directory(Path(path), self._directory, self.weights))
 
     def close(self) -> None:
         """Leave the process group. The object is of no use afterwards."""
