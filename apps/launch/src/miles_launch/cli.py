@@ -11,11 +11,8 @@ from rich.console import Console as Terminal
 from rich.table import Table
 
 from miles_core import Interrupted, MilesError, load_recipe
-from miles_core.cluster import Cluster, Node, place
+from miles_core.cluster import ACROSS_MACHINES, Cluster, Node, place
 from miles_core.config import DEFAULT_DASHBOARD_PORT
-from miles_launch.doctor import print_report
-from miles_launch.launch import launch
-from miles_launch.run import roles_of
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
@@ -32,12 +29,19 @@ def run(
     runs: RunsOption = Path("runs"),
 ) -> None:
     """Train a model as RECIPE says."""
-    launch(load_recipe(recipe, overrides), resume=resume, runs=runs)
+    loaded = load_recipe(recipe, overrides)
+    if loaded.cluster.address:
+        os.environ[ACROSS_MACHINES] = "1"
+    from miles_launch.launch import launch  # noqa: PLC0415 (imports ray, which reads its environment then)
+
+    launch(loaded, resume=resume, runs=runs)
 
 
 @app.command()
 def plan(recipe: RecipeArgument, overrides: SetOption = []) -> None:  # noqa: B006 (as above)
     """Print where every process of RECIPE would go on this machine, and what it asks for."""
+    from miles_launch.run import roles_of  # noqa: PLC0415 (seconds)
+
     roles = roles_of(load_recipe(recipe, overrides))
     total = sum(role.count * role.num_cpus for role in roles)
     table = Table("process", "node", "logical CPUs", "GPUs")
@@ -49,6 +53,8 @@ def plan(recipe: RecipeArgument, overrides: SetOption = []) -> None:  # noqa: B0
 @app.command()
 def doctor(runs: RunsOption = Path("runs")) -> None:
     """Check whether this machine can run Miles; exit code 2 if it cannot."""
+    from miles_launch.doctor import print_report  # noqa: PLC0415 (as above)
+
     raise typer.Exit(print_report(runs, {"cluster.dashboard_port": DEFAULT_DASHBOARD_PORT}))
 
 

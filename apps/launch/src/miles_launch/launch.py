@@ -114,7 +114,7 @@ def _summary(run_dir: RunDir) -> list[str]:
     )
     seconds = sum(record["perf/time/step"] for record in records)
     return [
-        f"reward {first:.3f} -> {last:.3f}, means of the first and last {window} of {len(records)} steps ({seconds:.0f} s)",
+        f"reward {first:.3f} -> {last:.3f} in {len(records)} steps, {seconds:.0f} s (means of {window} steps)",
         f"model {run_dir.export}, curve {run_dir.plot}, samples {run_dir.samples}, metrics {run_dir.metrics}",
         "next: the controls must not learn (--set controls.shuffle_rewards=true), other seeds must (--set seed=1)",
     ]

@@ -14,9 +14,23 @@ from miles_core.types import Batch, Group, Prompt, Sample, StepReport, VersionSp
 
 __all__ = [  # noqa: RUF022 (grouped by subject)
     # words
-    "Batch", "Group", "Prompt", "Sample", "StepReport", "VersionSpan",
+    "Batch",
+    "Group",
+    "Prompt",
+    "Sample",
+    "StepReport",
+    "VersionSpan",
     # recipe
-    "HookSpec", "Recipe", "check_recipe", "load_recipe",
+    "HookSpec",
+    "Recipe",
+    "check_recipe",
+    "load_recipe",
     # errors
-    "ContractViolation", "DeadlineExceeded", "InputError", "Interrupted", "MilesError", "RoleDied", "RolloutError",
+    "ContractViolation",
+    "DeadlineExceeded",
+    "InputError",
+    "Interrupted",
+    "MilesError",
+    "RoleDied",
+    "RolloutError",
 ]

@@ -8,6 +8,9 @@ from dataclasses import dataclass
 
 from miles_core.errors import InputError
 
+# Ray's environment variable for a cluster of more than this machine; must be "1" before ray is imported to join one.
+ACROSS_MACHINES = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
+
 
 @dataclass(frozen=True, slots=True)
 class Node:

@@ -11,12 +11,9 @@ from pathlib import Path
 
 from miles_core.cluster._ray import ray
 from miles_core.cluster.plan import Cluster, Node
-from miles_core.errors import InputError
+from miles_core.errors import InputError, MilesError
 
 LOOPBACK = "127.0.0.1"
-# Ray replaces 127.0.0.1 by the machine's outward address (services.resolve_ip_for_localhost); the rest of the loopback
-# range it takes as it is.
-NODE_ADDRESS = "127.0.0.2"
 # Samples and batches pass through the object store, weights never do: 256 MiB holds hundreds of steps of small runs.
 LOCAL_OBJECT_STORE_BYTES = 256 << 20
 
@@ -65,12 +62,20 @@ def _start(num_cpus: float, dashboard_port: int) -> None:
             "Use --set cluster.dashboard_port=0 for none, or another port.",
         )
     logging.getLogger("ray").setLevel(logging.ERROR)  # deaths are ours to name, once
+    try:
+        _init_local(num_cpus, dashboard_port)
+    except Exception as error:
+        # Ray raises the bare class here, e.g. when a busy machine does not start its processes within a minute.
+        raise MilesError(f"Ray could not start on this machine: {error}") from error
+
+
+def _init_local(num_cpus: float, dashboard_port: int) -> None:
     ray.init(
         num_cpus=num_cpus,
         include_dashboard=bool(dashboard_port),
         dashboard_host=LOOPBACK,
         dashboard_port=dashboard_port or None,
-        _node_ip_address=NODE_ADDRESS,
+        _node_ip_address=LOOPBACK,
         object_store_memory=LOCAL_OBJECT_STORE_BYTES,
         log_to_driver=False,
         configure_logging=False,
