@@ -4,6 +4,7 @@ import functools
 import os
 from pathlib import Path
 
+import psutil
 import torch
 from tiny import VOCAB, batch_of
 
@@ -12,7 +13,7 @@ from miles_core.errors import InputError
 from miles_train import conformance
 from miles_train.conformance import Subject
 from miles_train.errors import CheckpointError, NonFiniteError
-from miles_train.megatron import MegatronTrainer
+from miles_train.megatron import MegatronTrainer, logprobs
 from miles_train.megatron.runtime import Address
 from miles_train.megatron.trainer import Hooks
 
@@ -71,6 +72,20 @@ def train_in_pieces(address, path):
         metrics = trainer.step([batch_of()])
         results.append((metrics, {name: tensor.numpy().copy() for name, tensor in trainer.weights()}))
         trainer.close()
+    return results
+
+
+def train_in_chunks(address, path):
+    """A step with an entropy bonus, with all logits at once and three rows at a time."""
+    results = []
+    whole = logprobs.MAX_CHUNK_BYTES
+    for size in (whole, 4 * VOCAB * 3):
+        logprobs.MAX_CHUNK_BYTES = size
+        trainer = make_trainer(address, path, loss=PPOClip(entropy_coef=0.01))
+        metrics = trainer.step([batch_of()])
+        results.append((metrics, {name: tensor.numpy().copy() for name, tensor in trainer.weights()}))
+        trainer.close()
+    logprobs.MAX_CHUNK_BYTES = whole
     return results
 
 
@@ -212,3 +227,16 @@ def run_example(_, code, folder):
         names["trainer"].close()
     finally:
         os.chdir(here)
+
+
+def listens_on(address, path):
+    """Addresses of the process's listening sockets while it trains."""
+    trainer = make_trainer(address, path)
+    trainer.step([batch_of()])
+    found = {
+        connection.laddr.ip
+        for connection in psutil.Process().net_connections("tcp")
+        if connection.status == psutil.CONN_LISTEN
+    }
+    trainer.close()
+    return found

@@ -62,6 +62,12 @@ def test_two_ranks_resume_bit_for_bit(ranks, model_path, tmp_path):
     ranks.run("in_rank_trainer.check_resume", model_path, tmp_path, world_size=2)
 
 
+def test_ranks_listen_on_loopback_alone(ranks, model_path):
+    one = ranks.run_one("in_rank_trainer.listens_on", model_path)
+    two = ranks.run("in_rank_trainer.listens_on", model_path, world_size=2)
+    assert set().union(one, *two) == {"127.0.0.1"}
+
+
 def test_an_idle_rank_changes_nothing(ranks, model_path):
     one = ranks.run_one("in_rank_trainer.train_all_on_rank_0", model_path)
     two = ranks.run("in_rank_trainer.train_all_on_rank_0", model_path, world_size=2)
@@ -95,8 +101,9 @@ def test_settings_that_change_nothing(settings, ranks, model_path):
     assert_same_training(changed[1], plain[1])
 
 
-def test_micro_batches_change_nothing(ranks, model_path):
-    whole, cut = ranks.run_one("in_rank_trainer.train_in_pieces", model_path)
+@pytest.mark.parametrize("how", ["train_in_pieces", "train_in_chunks"])
+def test_micro_batches_and_chunks_of_logits_change_nothing(how, ranks, model_path):
+    whole, cut = ranks.run_one(f"in_rank_trainer.{how}", model_path)
     assert cut[0]["grad_norm"] == pytest.approx(whole[0]["grad_norm"], rel=1e-5)
     assert_same_training(cut[1], whole[1])
 

@@ -5,7 +5,9 @@ Megatron reads the default process group everywhere, so the rank's process owns 
 
 import argparse
 import logging
+import os
 import random
+import socket
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -60,19 +62,20 @@ def start(args: argparse.Namespace, address: Address, *, deterministic: bool) ->
     if distributed.is_initialized():
         raise RuntimeError("torch.distributed is initialised in this process: a trainer needs a process of its own")
     timeout = timedelta(minutes=args.distributed_timeout_minutes)
-    distributed.init_process_group(
-        args.distributed_backend,
-        store=_store(address, timeout),
-        rank=address.rank,
-        world_size=address.world_size,
-        timeout=timeout,
-    )
-    parallel_state.initialize_model_parallel(
-        args.tensor_model_parallel_size,
-        args.pipeline_model_parallel_size,
-        distributed_timeout_minutes=args.distributed_timeout_minutes,
-        create_gloo_process_groups=False,
-    )
+    with _gloo_as_near_as(address.master_host):
+        distributed.init_process_group(
+            args.distributed_backend,
+            store=_store(address, timeout),
+            rank=address.rank,
+            world_size=address.world_size,
+            timeout=timeout,
+        )
+        parallel_state.initialize_model_parallel(
+            args.tensor_model_parallel_size,
+            args.pipeline_model_parallel_size,
+            distributed_timeout_minutes=args.distributed_timeout_minutes,
+            create_gloo_process_groups=False,
+        )
     torch.use_deterministic_algorithms(deterministic)
     random.seed(args.seed)
     np.random.seed(args.seed)
@@ -81,14 +84,35 @@ def start(args: argparse.Namespace, address: Address, *, deterministic: bool) ->
         model_parallel_cuda_manual_seed(args.seed)
 
 
+@contextmanager
+def _gloo_as_near_as(host: str) -> Iterator[None]:
+    """Let groups of ranks that meet on loopback listen there, not where the host's name points.
+
+    The variable is read when a group is made; other groups of this process (weight sync to engines elsewhere) must not
+    see it.
+    """
+    name = "GLOO_SOCKET_IFNAME"
+    if host not in ("127.0.0.1", "localhost") or name in os.environ:
+        yield
+        return
+    os.environ[name] = "lo"
+    try:
+        yield
+    finally:
+        del os.environ[name]
+
+
 def _store(address: Address, timeout: timedelta) -> Any:
     if address.world_size == 1:
         return distributed.HashStore()  # pyright: ignore[reportPrivateImportUsage]  # public by its documentation
     if not address.master_port:
         raise ValueError(f"master_port = 0: {address.world_size} ranks need a free TCP port on {address.master_host}")
+    where = address.master_host, address.master_port
     is_master = address.rank == 0
+    # Left to itself the store listens on every interface of the host.
+    listener = socket.create_server(where).detach() if is_master else None
     return distributed.TCPStore(  # pyright: ignore[reportPrivateImportUsage]
-        address.master_host, address.master_port, address.world_size, is_master=is_master, timeout=timeout
+        *where, address.world_size, is_master=is_master, timeout=timeout, master_listen_fd=listener
     )
 
 
