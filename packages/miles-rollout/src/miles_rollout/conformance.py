@@ -167,7 +167,7 @@ async def pauses(subject: Subject) -> None:
 
 
 async def aborts(subject: Subject) -> None:
-    """Pausing with "abort" ends running requests: what there is comes back as "abort", or the request is unavailable."""
+    """Pausing with "abort" ends running requests: what there is comes back as such, or the request is unavailable."""
     length = subject.context_length - 6
     asked = asyncio.ensure_future(subject.engine.generate(subject.prompt(), SamplingParams(length), 16))
     await asyncio.sleep(0.02)

@@ -225,6 +225,8 @@ class _Process:
         """Kill the process and everything it started, and see it gone."""
         if self._process is not None:
             asyncio.get_running_loop().remove_reader(self._output_fd())
+            assert self._process.stdout is not None
+            self._process.stdout.close()
             # The group in one blow, so that a process that forks without end cannot outrun it; then who left the
             # group. They are looked up before: afterwards they have no parent to be found by.
             strays = descendants(self.pid)

@@ -160,12 +160,17 @@ def murmur_hash32(seed: Any, positions: Any, col_indices: Any) -> Any:
 def enable_batch_invariance() -> None:
     """Make every row of a matrix product independent of how many rows there are, for this process.
 
-    Raises:
-        RuntimeError: the BLAS of this machine is not row-invariant even so; deterministic generation is refused.
+    On a machine whose BLAS is not row-invariant even so, the first product in that dtype raises RuntimeError, which
+    ends the engine: deterministic generation is refused there.
     """
     import torch  # noqa: PLC0415  engine process only
 
+    checked: set[torch.dtype] = set()
+
     def mm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        if a.dtype not in checked:
+            checked.add(a.dtype)
+            _check_rows(a.dtype)
         rows = a.shape[0]
         if 0 < rows < _MIN_ROWS:
             a = torch.cat([a, a.new_zeros(_MIN_ROWS - rows, a.shape[1])])
@@ -181,23 +186,22 @@ def enable_batch_invariance() -> None:
         warnings.simplefilter("ignore")  # that it overrides the kernel: yes
         _library.impl("mm", mm, "CPU")
         _library.impl("addmm", addmm, "CPU")
-    _check_rows()
 
 
-_library: Any = None
+_library: Any = None  # the override lasts as long as this object
 
 
-def _check_rows() -> None:
+def _check_rows(dtype: Any) -> None:
     import torch  # noqa: PLC0415  engine process only
 
     generator = torch.Generator().manual_seed(0)
     for inner, outer in ((64, 128), (128, 64), (576, 192), (1536, 576)):
-        rows = torch.randn(600, inner, generator=generator)
-        weight = torch.randn(outer, inner, generator=generator)
+        rows = torch.randn(600, inner, generator=generator).to(dtype)
+        weight = torch.randn(outer, inner, generator=generator).to(dtype)
         whole = torch.nn.functional.linear(rows, weight)
         for count in (1, 3, 7, 8, 9, 17, 64, 255, 512):
             if not torch.equal(torch.nn.functional.linear(rows[5 : 5 + count], weight), whole[5 : 5 + count]):
                 raise RuntimeError(
                     "deterministic generation needs matrix products whose rows do not depend on their number, and "
-                    f"this machine's ({count} of 600 rows, {inner} x {outer}) do: run with deterministic = false"
+                    f"this machine's ({count} of 600 rows, {inner} x {outer}, {dtype}) do: set deterministic = false"
                 )
