@@ -34,7 +34,7 @@ def refused(folder: Path, *settings: str, code: int = 2) -> str:
 
 def message(run: Job) -> str:
     lines = run.text().splitlines()
-    assert "Traceback" not in run.text()
+    assert not any(line.startswith("Traceback") for line in lines), run.text()
     assert len([line for line in lines if line.startswith("miles: error:")]) == 1, run.text()
     return run.text()
 

@@ -17,8 +17,8 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 # Everything that Ray starts on this machine binds to loopback, its Prometheus exporters (no token) included. Ray has
 # this switch for desktops (services.get_node_ip_address); a process that joins a cluster must set it to 1.
 os.environ.setdefault(ACROSS_MACHINES, "0")
-# Under `uv run` Ray would pack the working directory for its workers and start each through uv again; they are to run in
-# the environment that is there.
+# Under `uv run` Ray would pack the working directory for its workers and start each through uv again; they are to run
+# in the environment that is there.
 os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
 # Else Ray hides GPUs from actors that ask for none by emptying CUDA_VISIBLE_DEVICES, and warns about it at every start.
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
