@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 from in_rank_trainer import make_trainer
-from tiny import batch_of
+from train_tiny import batch_of
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from miles_train.export import export_directory

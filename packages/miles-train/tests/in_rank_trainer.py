@@ -6,7 +6,7 @@ from pathlib import Path
 
 import psutil
 import torch
-from tiny import VOCAB, batch_of
+from train_tiny import VOCAB, batch_of
 
 from miles_core.algorithms.losses import PPOClip
 from miles_core.errors import InputError

@@ -7,7 +7,7 @@ import time
 
 import torch
 from in_rank_trainer import make_trainer
-from tiny import VOCAB, batch_of
+from train_tiny import VOCAB, batch_of
 
 from miles_train import conformance
 from miles_train.conformance import Subject

@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-import tiny
+import train_tiny
 
 from miles_train.megatron.settings import known_arguments
 
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.xdist_group("train-megatron")
 @pytest.fixture(scope="module")
 def model_path(tmp_path_factory):
     path = tmp_path_factory.mktemp("model") / "tiny"
-    tiny.make_model(path)
+    train_tiny.make_model(path)
     return path
 
 

@@ -4,7 +4,7 @@ import json
 import shutil
 
 import pytest
-import tiny
+import train_tiny
 
 from miles_core.errors import InputError
 from miles_train.megatron.weights import table_for
@@ -13,7 +13,7 @@ from miles_train.model_dir import INDEX, open_model_directory
 
 @pytest.fixture
 def directory(tmp_path):
-    tiny.make_model(tmp_path / "model")
+    train_tiny.make_model(tmp_path / "model")
     return tmp_path / "model"
 
 

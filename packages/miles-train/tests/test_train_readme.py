@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
-import tiny
+import train_tiny
 
 pytestmark = pytest.mark.xdist_group("train-megatron")
 
@@ -12,6 +12,6 @@ pytestmark = pytest.mark.xdist_group("train-megatron")
 def test_the_example_runs(ranks, tmp_path):
     text = (Path(__file__).parents[1] / "README.md").read_text()
     (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    tiny.make_model(tmp_path / "models" / "tiny")
+    train_tiny.make_model(tmp_path / "models" / "tiny")
     ranks.run_one("in_rank_trainer.run_example", code, tmp_path)
     assert (tmp_path / "models" / "better" / "model.safetensors").is_file()

@@ -1,8 +1,8 @@
 """Fusions are undone bit for bit, and a table is checked against a model both ways."""
 
 import pytest
-import tiny
 import torch
+import train_tiny
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -36,7 +36,7 @@ def test_stacked_and_whole_are_undone(num_parts, rows):
 
 def test_every_name_occurs_once():
     for architecture, make in TABLES.items():
-        table = make({**tiny.CONFIG, "architectures": [architecture], "attention_bias": True, "mlp_bias": True})
+        table = make({**train_tiny.CONFIG, "architectures": [architecture], "attention_bias": True, "mlp_bias": True})
         rows = list(table.expand())
         names = [name for row in rows for name in row.hf]
         assert len(names) == len(set(names)) == len(table.shapes())

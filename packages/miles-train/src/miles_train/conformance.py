@@ -177,8 +177,10 @@ def reports_the_gap(subject: Subject, folder: Path) -> None:
 
 def survives_an_empty_shard(subject: Subject, folder: Path) -> None:
     """A rank that was dealt no samples takes part all the same."""
+    batch = subject.batch()
     with closing(subject.make()) as trainer:
-        trainer.step([subject.batch().take([])])
+        trainer.step([batch.take([])])
+        trainer.step([batch, batch.take([])])
 
 
 def stops_on_a_non_finite_loss(subject: Subject, folder: Path) -> None:

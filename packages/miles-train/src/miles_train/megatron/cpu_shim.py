@@ -1,9 +1,10 @@
 """Lets megatron-core 0.19.2 run in a process without a GPU.
 
 Megatron's layers, schedules and optimizers ask `torch.cuda` for the current device, streams and random state, and make
-small tensors with `device="cuda"`, also where they were configured for the CPU. No setting turns that off, and upstream
-has not planned one (https://github.com/NVIDIA/Megatron-LM). The shim answers these questions with torch's own CPU
-twins, in two parts:
+small tensors with `device="cuda"`, also where they were configured for the CPU. No setting turns that off: "there is no
+CPU-only path in Megatron Core" (https://github.com/NVIDIA-NeMo/Speech/issues/14244); an open pull request removes some
+of it for model conversion (https://github.com/NVIDIA/Megatron-LM/pull/6270). The shim answers these questions with
+torch's own CPU twins, in two parts:
 
 - `install` rebinds the attributes listed in `rebindings`, once, for the life of the process: a trainer's and no other.
 - `active` is a context to call Megatron in. Within it, tensors asked for on "cuda" come on the CPU, and
@@ -22,9 +23,8 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
+from miles_train.megatron.settings import TESTED_VERSION
 from miles_train.megatron.upstream import MEGATRON_VERSION, tensor_parallel_random
-
-TESTED_VERSION = "0.19.2"
 
 
 @dataclass(frozen=True, slots=True)

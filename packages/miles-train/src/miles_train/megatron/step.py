@@ -99,9 +99,11 @@ class Learner:
     def _update(self, batch: Batch, old: Tensor | None, sums: "_Sums") -> Tensor:
         """One optimizer update; returns the logprobs before it, [T], in loss_mask."""
         before = torch.zeros(len(batch.tokens), device=self.device) if old is None else old
-        # Every rank runs the loss, also on an empty shard: its metrics' names must be known everywhere.
-        whole = batch if len(batch.lengths) else _placeholder(batch)
-        columns = _Columns.of(whole, self.device)
+        is_empty = not len(batch.lengths)
+        if is_empty:
+            # Every rank runs the loss, also on an empty shard: its metrics' names must be known everywhere.
+            batch, old = _placeholder(batch), None
+        columns = _Columns.of(batch, self.device)
         loss_sum = torch.zeros((), device=self.device, dtype=torch.float64)
 
         def forward(micro: MicroBatch, model: Any) -> tuple[Any, Callable[..., Any]]:
@@ -111,19 +113,19 @@ class Learner:
                 inputs, weights = columns.inputs(micro, *output, old, self.loss.needs_entropy)
                 with runtime.others_code():
                     per_token, metrics = self.loss(inputs)
-                if old is None and len(batch.lengths):
+                if old is None and not is_empty:
                     before[columns.flat(micro)] = inputs.logprobs.detach()
                 total = (weights * per_token)[inputs.loss_mask].sum()
                 loss_sum.add_(total.detach())
                 sums.add_tokens({**metrics, "entropy": columns.scatter(micro, output[1])}, inputs.loss_mask)
-                # Two tokens of no effect: the weights already normalise, finalize_gradients divides by nothing.
-                return total, torch.zeros((), dtype=torch.int, device=self.device), {}
+                num_tokens = torch.zeros((), dtype=torch.int, device=self.device)  # unused: the weights normalise
+                return total, num_tokens, {}
 
             return output, loss
 
         self.model.zero_grad_buffer()
         self.optimizer.zero_grad()
-        self._run(forward, list(cut(whole, self.micro_batch_tokens)), forward_only=False)
+        self._run(forward, list(cut(batch, self.micro_batch_tokens)), forward_only=False)
         loss = self._check_finite(loss_sum)
         self.scheduler.step(1)  # before the update, so that the first one of a warm-up is not done with lr = 0
         with cpu_shim.active():

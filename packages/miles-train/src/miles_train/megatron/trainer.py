@@ -1,6 +1,7 @@
 """`MegatronTrainer`: one rank of a trainer, as plain Python."""
 
 import argparse
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,7 +39,14 @@ from miles_train.model_dir import open_model_directory
 
 @dataclass(frozen=True, slots=True)
 class Hooks:
-    """User code called in every trainer process; see `miles_core.hooks`."""
+    """User code called in every trainer process; see `miles_core.hooks`.
+
+    Attributes:
+        after_model_init: once the model has its weights.
+        before_logprobs: before old logprobs are computed in a pass of their own, as steps of several updates need.
+        before_train_step: before the first update of a step.
+        after_train_step: after the last one.
+    """
 
     after_model_init: AfterModelInit | None = None
     before_logprobs: BeforeLogprobs | None = None
@@ -138,11 +146,10 @@ class MegatronTrainer:
             NonFiniteError: a loss or gradient is not finite; raised on all ranks before that update.
         """
         hooks = self._hooks
-        for batch in minibatches:
-            if hooks.before_logprobs and len(minibatches) > 1:
-                hooks.before_logprobs(batch)
-            if hooks.before_train_step:
-                hooks.before_train_step(batch)
+        if hooks.before_logprobs and len(minibatches) > 1:
+            hooks.before_logprobs(_whole_step(minibatches))
+        if hooks.before_train_step:
+            hooks.before_train_step(_whole_step(minibatches))
         metrics = self._learner.step(minibatches)
         if hooks.after_train_step:
             hooks.after_train_step(metrics)
@@ -202,6 +209,17 @@ class MegatronTrainer:
     def close(self) -> None:
         """Leave the process group. The object is of no use afterwards."""
         runtime.stop()
+
+
+def _whole_step(minibatches: Sequence[Batch]) -> Batch:
+    """The rank's shard of the step, as hooks see it."""
+    if len(minibatches) == 1:
+        return minibatches[0]
+    columns: dict[str, Any] = {}
+    for field in dataclasses.fields(Batch):
+        parts = [getattr(batch, field.name) for batch in minibatches]
+        columns[field.name] = sum(parts) if isinstance(parts[0], int) else np.concatenate(parts)
+    return Batch(**columns)
 
 
 def _with_gradient_buffers(model: Any, args: argparse.Namespace) -> DistributedDataParallel:
