@@ -37,12 +37,12 @@ class LossInputs:
 
 
 class Loss(Protocol):
-    """Maps the columns of a micro-batch to per-token losses.
+    """Maps the columns of a micro-batch to per-token losses."""
 
-    `needs_entropy` says whether `inputs.entropy` must be there.
-    """
-
-    needs_entropy: bool
+    @property
+    def needs_entropy(self) -> bool:
+        """Whether `inputs.entropy` must be there."""
+        ...
 
     def __call__(self, inputs: LossInputs) -> tuple[Tensor, Mapping[str, Tensor]]:
         """Return the loss of each token, [T] with gradient, and named per-token metrics, [T] without."""
