@@ -138,8 +138,11 @@ class NumpyEngine:
         while len(tokens) < sampling.max_new_tokens:
             logits = self.logits[last] / (sampling.temperature or 1.0)
             all_logprobs = logits - np.logaddexp.reduce(logits)
-            noise = rng.gumbel(size=self.vocab_size) if sampling.temperature else 0.0
-            last = int(np.argmax(all_logprobs + noise))
+            order = np.argsort(-all_logprobs)
+            above = np.cumsum(np.exp(all_logprobs[order])) - np.exp(all_logprobs[order])
+            kept = order[above < sampling.top_p][: sampling.top_k if sampling.top_k > 0 else None]
+            noise = rng.gumbel(size=self.vocab_size) if sampling.temperature else np.zeros(self.vocab_size)
+            last = int(kept[np.argmax((all_logprobs + noise)[kept])])
             tokens.append(last)
             logprobs.append(float(all_logprobs[last]))
             if last in sampling.stop_token_ids:

@@ -56,6 +56,11 @@ def always_greedy(engine: Any) -> None:
     engine._complete = lambda last, sampling, seed: honest(last, dataclasses.replace(sampling, temperature=0.0), seed)
 
 
+def ignore_top_k(engine: Any) -> None:
+    honest = engine._complete
+    engine._complete = lambda last, sampling, seed: honest(last, dataclasses.replace(sampling, top_k=-1), seed)
+
+
 def ignore_seeds(engine: Any) -> None:
     honest = engine._complete
     rng = np.random.default_rng(7)
@@ -97,6 +102,7 @@ DISHONEST: dict[str, tuple[Callable[[Any], None], conformance.Check]] = {
     "stops called length": (changed(finish_reason=lambda c: "length"), conformance.stops),
     "logprobs of another temperature": (changed(logprobs=lambda c: c.logprobs * 0.6), conformance.samples_what_it_says),
     "sampling without temperature": (always_greedy, conformance.samples_what_it_says),
+    "more candidates than asked for": (ignore_top_k, conformance.narrows),
     "seeds without effect": (ignore_seeds, conformance.seeds_decide),
     "one response for all seeds": (always_greedy, conformance.seeds_decide),
     "answers while paused": (answer_while_paused, conformance.pauses),

@@ -102,6 +102,25 @@ async def greedy(subject: Subject) -> None:
     assert len(responses) == 1, f"temperature 0 gave {responses}"
 
 
+async def narrows(subject: Subject) -> None:
+    """top_k and top_p leave only the most probable tokens, and do not change the logprobs that are said."""
+    prompt, count = subject.prompt(4), 64
+
+    async def first_tokens(sampling: SamplingParams) -> dict[int, float]:
+        completions = await subject.engine.generate(prompt, sampling, count, seeds=range(count))
+        return {int(completion.tokens[0]): float(completion.logprobs[0]) for completion in completions}
+
+    (best,) = await first_tokens(SamplingParams(1, temperature=0.0))
+    everything = await first_tokens(SamplingParams(1))
+    three = await first_tokens(SamplingParams(1, top_k=3))
+    nucleus = await first_tokens(SamplingParams(1, top_p=1e-3))
+    assert best in three and 1 < len(three) <= 3, f"top_k=3 gave {three}; the best is {best}"
+    assert set(nucleus) == {best}, f"top_p=0.001 gave {nucleus}; the best is {best}"
+    for token in everything.keys() & (three | nucleus).keys():
+        gap = abs(everything[token] - (three | nucleus)[token])
+        assert gap < 1e-2, f"token {token}: narrowing changed its logprob by {gap}"
+
+
 async def many_at_once(subject: Subject) -> None:
     """Requests at the same time each get the answer to their own prompt, with the logprobs they get alone."""
     sampling = SamplingParams(max_new_tokens=4, temperature=0.0)
@@ -198,6 +217,7 @@ CHECKS: Sequence[Check] = (
     stops,
     samples_what_it_says,
     greedy,
+    narrows,
     many_at_once,
     seeds_decide,
     needs_a_seed_each,
