@@ -35,7 +35,7 @@ NEEDS_EXTRA = {
 EXAMPLE_TAKES = {
     "miles-rollout": (
         "miles-rollout[sglang]",
-        "from pathlib import Path; MODEL, LOG = Path('models/tiny').resolve(), Path('server.log').resolve()\n",
+        "from pathlib import Path; MODEL, LOG = 'models/tiny', Path('server.log').resolve()\n",
     ),
     "miles-train": ("miles-train[megatron]", ""),
 }
