@@ -6,7 +6,8 @@ What it is to run comes as one line of JSON on stdin, so that keys show neither 
 
 What becomes of it goes to STATUS_FD, one JSON object a line:
 
-    {"event": "ready", "children": {"1234": "sglang::scheduler", ...}, "shared_memory": ["/dev/shm/..."]}
+    {"event": "named", "shared_memory": "/dev/shm/sglang_loads_0a1b2c_*"}      what it would leave behind
+    {"event": "ready", "children": {"1234": "sglang::scheduler", ...}}
     {"event": "failed", "error": "..."}        it could not start
     {"event": "died", "process": "sglang::scheduler", "exit": -9}
 
@@ -26,7 +27,6 @@ import multiprocessing
 import threading
 import time
 import traceback
-from collections.abc import Iterable
 from multiprocessing.connection import wait
 from typing import Any, NoReturn
 
@@ -58,10 +58,16 @@ def _serve(task: dict[str, Any], owner_pid: int, report: Any) -> None:
     # Order matters: the shim's hooks must be registered before the modules that they hook are used.
     from sglang.srt.entrypoints.http_server import launch_server  # noqa: PLC0415  after die_with
     from sglang.srt.plugins import load_plugins  # noqa: PLC0415
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType  # noqa: PLC0415
     from sglang.srt.server_args import ServerArgs  # noqa: PLC0415
 
     if task["cpu"]:
         cpu.install(task["deterministic"])
+
+    def named(port_args: Any, *_: Any, **__: Any) -> None:
+        report(event="named", shared_memory=f"/dev/shm/sglang_loads_{port_args.instance_id}_*")
+
+    HookRegistry.register("sglang.srt.server_args.PortArgs.init_new", named, HookType.AFTER)
     load_plugins()
     arguments: dict[str, Any] = dict(task["arguments"])
     arguments.update((name, Secret(task[name])) for name in ("api_key", "admin_api_key"))
@@ -71,8 +77,7 @@ def _serve(task: dict[str, Any], owner_pid: int, report: Any) -> None:
         names = {child: _title(child.pid) for child in multiprocessing.active_children()}
         threading.Thread(target=_watch_owner, args=(owner_pid,), daemon=True).start()
         threading.Thread(target=_watch_children, args=(names, report), daemon=True).start()
-        children = {str(child.pid): name for child, name in names.items()}
-        report(event="ready", children=children, shared_memory=sorted(_shared_memory(children)))
+        report(event="ready", children={str(child.pid): name for child, name in names.items()})
 
     launch_server(server_args, launch_callback=ready)
 
@@ -81,16 +86,6 @@ def _title(pid: int | None) -> str:
     """What SGLang's processes call themselves: sglang::scheduler, sglang::scheduler_TP1, sglang::detokenizer."""
     with open(f"/proc/{pid}/cmdline") as file:
         return file.read().strip("\0").strip()
-
-
-def _shared_memory(pids: Iterable[str]) -> set[str]:
-    """Files in /dev/shm that SGLang's processes have mapped and will not remove when they are killed."""
-    found: set[str] = set()
-    for pid in pids:
-        with open(f"/proc/{pid}/maps") as file:
-            paths = (line.split(maxsplit=5)[-1].strip() for line in file if "/dev/shm/sgl" in line)
-            found.update(path for path in paths if not path.endswith("(deleted)"))
-    return found
 
 
 def _watch_owner(owner_pid: int) -> None:

@@ -199,8 +199,10 @@ class SGLangServer:
                 event = json.loads(line)
                 self._events.append(event)
                 if event["event"] == "ready":
-                    Path(self._temporary, _SHARED_MEMORY).write_text("\n".join(event["shared_memory"]))
                     self._settled.set()
+                elif event["event"] == "named":
+                    with Path(self._temporary, _SHARED_MEMORY).open("a") as names:
+                        names.write(event["shared_memory"] + "\n")
         self._process.wait()
         # What the kernel has not ended yet, and what would be left on disk.
         self.stop()
@@ -298,8 +300,9 @@ def _kill_tree(process: subprocess.Popen[bytes]) -> None:
 def _remove(folder: Path) -> None:
     """Remove an engine's temporary folder, and the shared memory that is written down in it."""
     with contextlib.suppress(OSError):
-        for path in (folder / _SHARED_MEMORY).read_text().splitlines():
-            Path(path).unlink(missing_ok=True)
+        for pattern in (folder / _SHARED_MEMORY).read_text().splitlines():
+            for path in Path("/").glob(pattern.removeprefix("/")):
+                path.unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
 
 
