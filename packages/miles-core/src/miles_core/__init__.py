@@ -2,6 +2,7 @@
 
 from miles_core.config import HookSpec, Recipe, check_recipe, load_recipe
 from miles_core.errors import (
+    ClusterDied,
     ContractViolation,
     DeadlineExceeded,
     InputError,
@@ -26,6 +27,7 @@ __all__ = [  # noqa: RUF022 (grouped by subject)
     "check_recipe",
     "load_recipe",
     # errors
+    "ClusterDied",
     "ContractViolation",
     "DeadlineExceeded",
     "InputError",

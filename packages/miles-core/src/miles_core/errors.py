@@ -39,6 +39,10 @@ class RoleDied(MilesError):
     exit_code = 3
 
 
+class ClusterDied(RoleDied):
+    """One of Ray's own processes is gone: nobody is left to ask anything of."""
+
+
 class DeadlineExceeded(MilesError):
     """Somebody waited longer than allowed: who, for whom, since when."""
 

@@ -15,11 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from miles_core.cluster._ray import PlacementGroupSchedulingStrategy, placement_group, ray, remove_placement_group
 from miles_core.cluster.plan import Plan, Slot
-from miles_core.errors import DeadlineExceeded, MilesError, RoleDied
+from miles_core.errors import ClusterDied, DeadlineExceeded, MilesError, RoleDied
 from miles_core.hooks import load_object
 
+RAY_WATCH_S = 1.0  # between looks at Ray's own processes
 DEATH_NEWS_S = 2.0  # hosted objects look at what they watch twice a second
 CLOSE_DEADLINE_S = 20.0  # an engine ends its process tree within 10 s; after this the actor is killed
 
@@ -105,7 +108,8 @@ class Crew:
         self._log_dir = log_dir
         self._members: list[Member] = []
         self._watches: list[asyncio.Task[None]] = []
-        self._death: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self._death: asyncio.Future[RoleDied] = asyncio.get_running_loop().create_future()
+        self._watches.append(asyncio.create_task(self._watch_ray()))
         self._group = placement_group(plan.bundles, strategy="PACK")
 
     async def hire(
@@ -156,6 +160,8 @@ class Crew:
         """Let every member close what it hosts, then end all of them. Never raises for a member that is dead."""
         for watch in self._watches:
             watch.cancel()
+        if self._death.done() and isinstance(self._death.result(), ClusterDied):
+            return  # every call to Ray would wait a minute for its answer
         closing = [member.handle.close.remote() for member in self._members]
         with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(asyncio.gather(*closing, return_exceptions=True), CLOSE_DEADLINE_S)
@@ -188,7 +194,20 @@ class Crew:
             reason = _reason(error)
         if not self._death.done():
             log = self._log_dir / f"{member.role}-{member.index}.log"
-            self._death.set_result(f"{member.name} died: {reason} (its log: {log})")
+            self._death.set_result(RoleDied(f"{member.name} died: {reason} (its log: {log})"))
+
+    async def _watch_ray(self) -> None:
+        """Notice the death of Ray's own processes, where they are this process's children; Ray takes a minute to."""
+        names = {"gcs_server", "raylet"}
+        mine = [child for child in psutil.Process().children() if child.name() in names]
+        labels = {child: child.name() for child in mine}
+        while True:
+            for child in mine:
+                if not child.is_running() or child.status() == psutil.STATUS_ZOMBIE:
+                    if not self._death.done():
+                        self._death.set_result(ClusterDied(f"Ray's {labels[child]} died"))
+                    return
+            await asyncio.sleep(RAY_WATCH_S)
 
     async def _wait(self, member: Member, what: str, reference: Any, deadline_s: float) -> Any:
         since = time.time()
@@ -207,7 +226,7 @@ class Crew:
             return _result(answer, member, what)
         if not answer.done():
             answer.cancel()
-        raise RoleDied(await self._death)
+        raise await self._death
 
 
 async def _resolve(reference: Any) -> Any:

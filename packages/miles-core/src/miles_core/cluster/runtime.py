@@ -1,5 +1,6 @@
 """Starting Ray on this machine, closed to everybody else, or joining a cluster that runs."""
 
+import atexit
 import logging
 import os
 import random
@@ -11,7 +12,7 @@ from pathlib import Path
 
 from miles_core.cluster._ray import ray
 from miles_core.cluster.plan import Cluster, Node
-from miles_core.errors import InputError, MilesError
+from miles_core.errors import ClusterDied, InputError, MilesError
 
 LOOPBACK = "127.0.0.1"
 # Samples and batches pass through the object store, weights never do: 256 MiB holds hundreds of steps of small runs.
@@ -40,8 +41,14 @@ def ray_cluster(address: str = "", num_cpus: float = 4, dashboard_port: int = 82
         _start(num_cpus, dashboard_port)
     try:
         yield Cluster(tuple(sorted(_nodes(), key=lambda node: node.name)))
-    finally:
+    except ClusterDied:
+        # Shutting down would wait a minute for who is not there. What is left of Ray is for the warden.
+        atexit.unregister(ray.shutdown)
+        raise
+    except BaseException:
         ray.shutdown()
+        raise
+    ray.shutdown()
 
 
 def _join(address: str) -> None:
