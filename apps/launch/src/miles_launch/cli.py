@@ -10,7 +10,7 @@ import typer
 from rich.console import Console as Terminal
 from rich.table import Table
 
-from miles_core import Interrupted, MilesError, load_recipe
+from miles_core import ClusterDied, Interrupted, MilesError, load_recipe
 from miles_core.cluster import ACROSS_MACHINES, Cluster, Node, place
 from miles_core.config import DEFAULT_DASHBOARD_PORT
 
@@ -79,6 +79,10 @@ def _guarded(command: Callable[[], object]) -> int:
         return stop.exit_code
     except MilesError as error:
         print(f"miles: error: {error}", file=sys.stderr)  # noqa: T201
+        if isinstance(error, ClusterDied):
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(error.exit_code)  # Ray's library crashes when the interpreter ends without its raylet
         return error.exit_code
     except KeyboardInterrupt:
         print("miles: stopped before the run began; there was nothing to save", file=sys.stderr)  # noqa: T201
