@@ -16,8 +16,9 @@ import pytest
 from miles_core import DeadlineExceeded, InputError, MilesError, RoleDied
 from miles_core.cluster import Cluster, Role, place
 from miles_core.cluster.actors import Crew, Member
-from miles_core.cluster.runtime import port_is_free, ray_cluster
+from miles_core.cluster.runtime import ray_cluster
 from miles_core.cluster.warden import MARK, marked, warden
+from miles_core.ports import port_is_free
 
 pytestmark = pytest.mark.xdist_group("cluster")
 

@@ -175,9 +175,7 @@ time.sleep(1000)
 """
 
 
-def test_dies_with_its_owner_and_answers_as_its_twin(
-    address: EngineAddress, tiny_model: Path, tmp_path: Path
-) -> None:
+def test_dies_with_its_owner_and_answers_as_its_twin(address: EngineAddress, tiny_model: Path, tmp_path: Path) -> None:
     arguments = [sys.executable, "-c", OWNER, str(tiny_model), str(tmp_path / "engine.log")]
     with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True) as owner:
         assert owner.stdout is not None

@@ -7,7 +7,6 @@ import importlib.metadata
 import os
 import platform
 import shutil
-import socket
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -20,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from miles_core import InputError
+from miles_core.ports import port_is_free
 
 MIB, GIB = 1 << 20, 1 << 30
 
@@ -241,21 +241,11 @@ def _ports(ports: Mapping[str, int]) -> Iterator[Check]:
         if port:
             yield Check(
                 setting,
-                _is_free(port),
+                port_is_free(port),
                 str(port),
                 "a port that nobody listens on",
                 f"Choose another with --set {setting}=PORT, or 0 where the recipe allows it.",
             )
-
-
-def _is_free(port: int) -> bool:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("127.0.0.1", port))
-        except OSError:
-            return False
-    return True
 
 
 def _cores() -> Check:

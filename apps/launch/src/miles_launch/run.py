@@ -15,10 +15,11 @@ from typing import Any
 from miles_core import Interrupted, Recipe
 from miles_core.cluster import Plan, Role, place
 from miles_core.cluster.actors import Crew, Member
-from miles_core.cluster.runtime import free_port, ray_cluster
+from miles_core.cluster.runtime import ray_cluster
 from miles_core.cluster.warden import warden
 from miles_core.loop import LogprobGap, Run, train
 from miles_core.observe import Console, MetricsLog, PhaseClock, Sink, TraceFile
+from miles_core.ports import free_port
 from miles_launch.prepare import Prepared
 from miles_launch.recorder import RunRecorder
 from miles_launch.roles import ActorRollout, ActorSync, ActorTrainer, GroupBatcher

@@ -108,9 +108,7 @@ class RolloutWorker:
             RolloutError: not one group could be made; the message has the commonest reason and its detail.
             ContractViolation: the engine sampled with other weights than `weight_version`.
         """
-        context = GenerateContext(
-            self._context.engine, self._context.tokenizer, self._context.sampling, weight_version
-        )
+        context = GenerateContext(self._context.engine, self._context.tokenizer, self._context.sampling, weight_version)
         start = time.monotonic()
         made: list[float] = []
         results = await _all(self._group(prompt, step, index, context, made) for index, prompt in enumerate(prompts))

@@ -3,8 +3,6 @@
 import atexit
 import logging
 import os
-import random
-import socket
 import tempfile
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
@@ -13,8 +11,8 @@ from pathlib import Path
 from miles_core.cluster._ray import ray
 from miles_core.cluster.plan import Cluster, Node
 from miles_core.errors import ClusterDied, InputError, MilesError
+from miles_core.ports import LOOPBACK, port_is_free
 
-LOOPBACK = "127.0.0.1"
 # Samples and batches pass through the object store, weights never do: 256 MiB holds hundreds of steps of small runs.
 LOCAL_OBJECT_STORE_BYTES = 256 << 20
 
@@ -95,20 +93,3 @@ def _nodes() -> Iterator[Node]:
         if node["Alive"]:
             resources: dict[str, float] = node["Resources"]
             yield Node(node["NodeID"], resources.get("CPU", 0), int(resources.get("GPU", 0)))
-
-
-def port_is_free(port: int, host: str = LOOPBACK) -> bool:
-    """Whether a server could listen on this port now."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError:
-            return False
-    return True
-
-
-def free_port(host: str = LOOPBACK) -> int:
-    """A port nobody listens on now, below those that the kernel hands to outgoing connections (32768 and up)."""
-    ports = random.SystemRandom().sample(range(20000, 32000), 200)
-    return next(port for port in ports if port_is_free(port, host))

@@ -50,9 +50,7 @@ def check_arguments(arguments: Mapping[str, Any], setting: str = "rollout.sglang
         if name not in known_arguments():
             near = difflib.get_close_matches(name, known_arguments(), n=1, cutoff=0.5)
             way_out = f"Did you mean {near[0]!r}?" if near else "See `python -m sglang.launch_server --help`."
-            raise InputError(
-                f"{setting}.{name}", value, f"SGLang {cpu.TESTED_VERSION} has no such argument", way_out
-            )
+            raise InputError(f"{setting}.{name}", value, f"SGLang {cpu.TESTED_VERSION} has no such argument", way_out)
 
 
 def complete_arguments(arguments: Mapping[str, Any], deterministic: bool) -> dict[str, Any]:

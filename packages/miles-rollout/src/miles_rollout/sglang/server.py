@@ -14,12 +14,10 @@ thread of its own starts it, waits for it and ends with it.
 import contextlib
 import json
 import os
-import random
 import re
 import secrets
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -33,13 +31,12 @@ from typing import Any
 import psutil
 
 from miles_core.errors import DeadlineExceeded, InputError
+from miles_core.ports import free_port, port_is_free
 from miles_rollout.errors import EngineDied, EngineStartError
 from miles_rollout.sglang import cpu
 from miles_rollout.sglang.arguments import check_arguments, complete_arguments
 from miles_rollout.sglang.client import EngineAddress
 
-# Below the ports that the kernel hands out to outgoing connections (32768 and up).
-_PORTS = range(20000, 32000)
 _LOG_TAIL_LINES = 25
 # The last line of a traceback.
 _RAISED = re.compile(r"[\w.]*(Error|Exception|Interrupt): ")
@@ -98,8 +95,8 @@ class SGLangServer:
         host = arguments["host"]
         port = arguments.setdefault("port", None)
         if port is None:
-            arguments["port"] = _free_port(host)
-        elif not _is_free(host, port):
+            arguments["port"] = free_port(host)
+        elif not port_is_free(port, host):
             raise InputError(
                 "rollout.sglang.port", port, f"is taken on {host}", "Leave it out, and a free one is chosen."
             )
@@ -313,22 +310,3 @@ def _remove_leftovers() -> None:
         with contextlib.suppress(OSError):
             if owner.isdigit() and folder.stat().st_uid == os.getuid() and not psutil.pid_exists(int(owner)):
                 _remove(folder)
-
-
-def _is_free(host: str, port: int) -> bool:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError:
-            return False
-    return True
-
-
-def _free_port(host: str) -> int:
-    for port in random.SystemRandom().sample(_PORTS, 100):
-        if _is_free(host, port):
-            return port
-    raise InputError(
-        "rollout.sglang.port", None, f"no free port found in {_PORTS.start}-{_PORTS.stop}", "Set one yourself."
-    )
