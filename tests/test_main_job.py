@@ -119,6 +119,18 @@ def test_interrupted_killed_and_resumed_equals_undisturbed_bit_by_bit(finished: 
                 assert np.array_equal(x.rollout_logprobs, y.rollout_logprobs)
 
 
+def test_a_frozen_engine_serves_version_0_for_ever(tmp_path: Path):
+    """The control: the trainer learns, the engine is never told, and the run says so."""
+    with job(tmp_path, settings=("controls.freeze_engine=true", "train.steps=3")) as run:
+        assert run.wait() == 0, run.text()
+    assert "controls.freeze_engine" in run.text()
+    steps = records(run.run)
+    assert [record["sync/version"] for record in steps] == [0, 0, 0]
+    assert [record["rollout/staleness_max"] for record in steps] == [0, 1, 2]
+    gaps = [record["train/logprob_gap"] for record in steps]
+    assert gaps[0] < 1e-5 < gaps[1] < gaps[2]
+
+
 def computed(record: dict) -> dict:
     """What a step computed, without how long it took."""
     return {name: value for name, value in record.items() if not name.startswith("perf/") and name != "sync/gb_per_s"}
