@@ -16,6 +16,9 @@ from miles_core.queue import Lease
 from miles_core.types import Floats
 
 
+ANSWER_MARGIN_S = 30.0  # at its own deadline the worker drops what is late; its answer comes a moment after
+
+
 @dataclass(slots=True)
 class ActorRollout:
     """Prompts to the worker, groups back through the queue, every one of them accounted for.
@@ -47,8 +50,9 @@ class ActorRollout:
             prompts = self.source(self.cursor, self.prompts_per_step)
             # Version k is what step k samples with; a frozen engine serves what it started with.
             version = 0 if self.frozen else step
-            made = await self.crew.call(self.worker, "roll_out", step, version, prompts, deadline_s=self.deadline_s)
-            self._lease = await self.crew.call(self.queue, "take", made.num_groups, deadline_s=self.deadline_s)
+            deadline_s = self.deadline_s + ANSWER_MARGIN_S
+            made = await self.crew.call(self.worker, "roll_out", step, version, prompts, deadline_s=deadline_s)
+            self._lease = await self.crew.call(self.queue, "take", made.num_groups, deadline_s=deadline_s)
         self.cursor += len(prompts)
         self._issued += len(prompts)
         self._dropped.update(made.dropped)

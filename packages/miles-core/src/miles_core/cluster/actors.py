@@ -107,6 +107,7 @@ class Crew:
         self._plan = plan
         self._log_dir = log_dir
         self._members: list[Member] = []
+        self._ready: list[Member] = []
         self._watches: list[asyncio.Task[None]] = []
         self._death: asyncio.Future[RoleDied] = asyncio.get_running_loop().create_future()
         self._watches.append(asyncio.create_task(self._watch_ray()))
@@ -134,6 +135,7 @@ class Crew:
         self._members.append(member)
         self._watches.append(asyncio.create_task(self._watch(member)))
         await self._wait(member, "start", handle.build.remote(factory, kwargs), deadline_s)
+        self._ready.append(member)
         return member
 
     async def call(self, member: Member, method: str, *args: Any, deadline_s: float, **kwargs: Any) -> Any:
@@ -162,7 +164,8 @@ class Crew:
             watch.cancel()
         if self._death.done() and isinstance(self._death.result(), ClusterDied):
             return  # every call to Ray would wait a minute for its answer
-        closing = [member.handle.close.remote() for member in self._members]
+        # One that is still starting could not answer: what it has started so far dies with it.
+        closing = [member.handle.close.remote() for member in self._ready]
         with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(asyncio.gather(*closing, return_exceptions=True), CLOSE_DEADLINE_S)
         for member in self._members:
