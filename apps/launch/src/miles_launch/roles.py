@@ -15,7 +15,6 @@ from miles_core.observe import PhaseClock
 from miles_core.queue import Lease
 from miles_core.types import Floats
 
-
 ANSWER_MARGIN_S = 30.0  # at its own deadline the worker drops what is late; its answer comes a moment after
 
 
