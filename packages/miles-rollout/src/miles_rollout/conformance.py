@@ -139,7 +139,8 @@ async def seeds_decide(subject: Subject) -> None:
     if not subject.deterministic:
         await engine.generate(prompt, _SHORT, 2, seeds=[1, 2])  # ignored, not refused
         return
-    company = [engine.generate(subject.prompt(10 + number), _SHORT, 3) for number in range(8)]
+    greedy = SamplingParams(max_new_tokens=8, temperature=0.0)  # company that narrows its own choice
+    company = [engine.generate(subject.prompt(10 + i), greedy if i % 2 else _SHORT, 3) for i in range(8)]
     among, *_ = await asyncio.gather(engine.generate(prompt, _SHORT, 6, seeds=range(6)), *company)
     assert len({tuple(completion.tokens.tolist()) for completion in among}) > 1, "six seeds gave one response"
     for seed in (4, 1, 2**63 - 1):

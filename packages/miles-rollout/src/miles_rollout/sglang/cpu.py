@@ -110,7 +110,11 @@ def install(deterministic: bool) -> None:
         from sglang.srt.server_args import add_deterministic_attention_backend_choices  # noqa: PLC0415
 
         add_deterministic_attention_backend_choices(["torch_native"])
-        HookRegistry.register("sglang.srt.layers.sampler.murmur_hash32", murmur_hash32, HookType.REPLACE)
+        sampler = "sglang.srt.layers.sampler"
+        HookRegistry.register(f"{sampler}.murmur_hash32", murmur_hash32, HookType.REPLACE)
+        HookRegistry.register(
+            f"{sampler}.top_k_top_p_min_p_sampling_from_probs_torch", sample_narrowed, HookType.REPLACE
+        )
         HookRegistry.register(
             "sglang.srt.batch_invariant_ops.enable_batch_invariant_mode", enable_batch_invariance, HookType.REPLACE
         )
@@ -155,6 +159,46 @@ def murmur_hash32(seed: Any, positions: Any, col_indices: Any) -> Any:
     h = ((h ^ (h >> 16)) * 0x85EBCA6B) & low
     h = ((h ^ (h >> 13)) * 0xC2B2AE35) & low
     return (h ^ (h >> 16)).to(torch.uint32)
+
+
+def sample_narrowed(
+    probs: Any,
+    top_ks: Any,
+    top_ps: Any,
+    min_ps: Any,
+    need_min_p_sampling: bool,
+    sampling_seed: Any,
+    positions: Any,
+) -> Any:
+    """Seeded sampling where some request of the batch has top-k, top-p or min-p; others get what they get without it.
+
+    SGLang's own sorts the candidates first and hashes their places in that order, so a request's tokens would depend on
+    its company, also on one that has just ended: a running batch keeps the narrower path until it is empty.
+
+    Args:
+        probs: float [n, vocabulary].
+        top_ks: int [n], as many as the vocabulary or more for all.
+        top_ps: float [n].
+        min_ps: float [n].
+        need_min_p_sampling: whether any of them counts.
+        sampling_seed: int64 [n].
+        positions: int [n].
+
+    Returns:
+        int32 [n], the sampled ids.
+    """
+    import torch  # noqa: PLC0415  engine process only
+    from sglang.srt.layers.sampler import sampling_from_probs_torch  # noqa: PLC0415
+
+    ordered, index = probs.sort(dim=-1, descending=True, stable=True)
+    places = torch.arange(probs.shape[-1])
+    out = (places >= top_ks.view(-1, 1)) | (ordered.cumsum(-1) - ordered > top_ps.view(-1, 1))
+    if need_min_p_sampling:
+        out |= ordered < ordered[:, :1] * min_ps.view(-1, 1)
+    # Rounding may leave the sum of a whole row above 1: nothing narrows a request that asks for all of it.
+    out &= ((top_ks < probs.shape[-1]) | (top_ps < 1) | (min_ps > 0)).view(-1, 1)
+    narrowed = probs.masked_fill(torch.zeros_like(out).scatter(-1, index, out), 0.0)
+    return sampling_from_probs_torch(narrowed, sampling_seed=sampling_seed, positions=positions)
 
 
 def enable_batch_invariance() -> None:
