@@ -18,6 +18,7 @@ import re
 import secrets
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -42,6 +43,7 @@ _LOG_TAIL_LINES = 25
 _RAISED = re.compile(r"[\w.]*(Error|Exception|Interrupt): ")
 # Seconds that killed processes may take to be gone.
 _STOP_GRACE_S = 5.0
+_LISTEN_DEADLINE_S = 30.0
 # Temporary folders: the prefix, then the owner's pid. The file in it lists what is in shared memory.
 _TEMPORARY = "miles-sglang-"
 _SHARED_MEMORY = "shared_memory.txt"
@@ -159,7 +161,23 @@ class SGLangServer:
             )
         if not self.processes:
             raise EngineStartError(self._why_not_started())
+        self._wait_listening()
         return self.address
+
+    def _wait_listening(self) -> None:
+        """SGLang says that it is ready a moment before its HTTP server listens."""
+        where = (self._arguments["host"], self._arguments["port"])
+        deadline = time.monotonic() + _LISTEN_DEADLINE_S
+        while True:
+            try:
+                socket.create_connection(where, timeout=1).close()
+            except OSError:
+                self.check()
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.02)
+            else:
+                return
 
     def check(self) -> None:
         """Raise EngineDied, naming the process, if the engine is no longer complete."""
