@@ -24,6 +24,7 @@ PACKAGES = ("miles-core", "miles-rollout", "miles-train", "miles-sync", "miles-p
 NEEDS_EXTRA = {
     "miles-core": [
         ("import miles_core.cluster.runtime", "miles-core[ray]"),
+        ("import miles_core.algorithms.losses", "miles-core[torch]"),
         ("from miles_core.observe.sinks import TensorBoardSink; TensorBoardSink('.')", "miles-core[tensorboard]"),
     ],
     "miles-rollout": [("import miles_rollout.sglang", "miles-rollout[sglang]")],

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from miles_core.errors import InputError
+from miles_rollout.errors import EngineStartError
 from miles_rollout.sglang import ServerSettings, SGLangServer, check_arguments, known_arguments
 from miles_rollout.sglang.arguments import complete_arguments
 
@@ -60,3 +61,12 @@ def test_a_taken_port_is_named_before_anything_starts(tiny_model: Path, tmp_path
 def test_a_missing_model_is_named_before_anything_starts(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"model\.path = .*nowhere.*config\.json"):
         SGLangServer(ServerSettings(str(tmp_path / "nowhere"), tmp_path / "engine.log", {"device": "cpu"}))
+
+
+def test_what_keeps_the_process_from_being_made_is_said_at_once(tiny_model: Path, tmp_path: Path) -> None:
+    """A value that cannot travel to the engine's process."""
+    arguments = {"device": "cpu", "served_model_name": object()}
+    server = SGLangServer(ServerSettings(str(tiny_model), tmp_path / "engine.log", arguments))
+    with pytest.raises(EngineStartError, match=r"could not start: TypeError: .*not JSON serializable"):
+        server.start()
+    server.stop()

@@ -9,8 +9,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
-import torch
-from torch import Tensor
+try:
+    import torch
+    from torch import Tensor
+except ImportError as error:
+    raise ImportError('miles_core.algorithms.losses needs torch: pip install "miles-core[torch]"') from error
 
 
 @dataclass(frozen=True, slots=True)

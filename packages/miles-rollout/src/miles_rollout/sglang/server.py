@@ -206,6 +206,11 @@ class SGLangServer:
         status_in, status_out = os.pipe()
         try:
             self._process = self._spawn(status_out)
+        except (OSError, TypeError, ValueError) as error:  # no program, no memory, or a value that is no JSON
+            self._events.append({"event": "failed", "error": f"{type(error).__name__}: {error}"})
+            self._settled.set()
+            os.close(status_in)
+            return
         finally:
             os.close(status_out)
             self._launched.set()
@@ -252,7 +257,7 @@ class SGLangServer:
             )
         assert process.stdin is not None
         with contextlib.suppress(BrokenPipeError):  # it ended already, which the log explains
-            process.stdin.write(json.dumps(task).encode() + b"\n")
+            process.stdin.write(order)
             process.stdin.flush()
         return process
 
