@@ -244,6 +244,7 @@ class SGLangServer:
             "deterministic": settings.deterministic,
             **self._keys,
         }
+        order = json.dumps(task).encode() + b"\n"
         with settings.log_path.open("ab") as log:
             self._log_start = log.tell()
             process = subprocess.Popen(
