@@ -68,7 +68,9 @@ class RunRecorder:
     def _keep_samples(self, step: int, groups: Sequence[Group]) -> None:
         """Every few steps, and the last; in a thread, since compressing Parquet takes longer than a small step."""
         if self.samples_every and (step % self.samples_every == 0 or step == self.last_step):
-            self._writing = [task for task in self._writing if not task.done() or task.result() is None]
+            for task in filter(asyncio.Task.done, self._writing):
+                task.result()  # a write that failed ends the run at the next one
+            self._writing = [task for task in self._writing if not task.done()]
             self._writing.append(asyncio.create_task(asyncio.to_thread(write_samples, self.samples_dir, step, groups)))
 
     def _save_is_due(self, step: int) -> bool:
