@@ -18,7 +18,7 @@ from miles_train.megatron import checkpoint, cpu_shim, resume_fixes, runtime
 from miles_train.megatron._environment import quietly
 from miles_train.megatron.arguments import parse_arguments
 from miles_train.megatron.runtime import Address
-from miles_train.megatron.specs import SPECS
+from miles_train.megatron.specs import SPECS, build_chunks
 from miles_train.megatron.step import Learner
 from miles_train.megatron.upstream import (
     DistributedDataParallel,
@@ -33,7 +33,7 @@ from miles_train.megatron.upstream import (
     parallel_state,
 )
 from miles_train.megatron.weights import table_for
-from miles_train.megatron.weights.convert import hf_weights, load_weights, stored_ties
+from miles_train.megatron.weights.convert import hf_weights, load_weights, model_tensors, stored_ties
 from miles_train.model_dir import open_model_directory
 
 
@@ -112,7 +112,7 @@ class MegatronTrainer:
         self._directory, self._table, self._args = directory, table, args
         self._ties = stored_ties(table, directory)
         with cpu_shim.active(), quietly():
-            self._core = spec.build(directory.config, args)
+            (self._core,) = build_chunks(spec, directory.config, args)
             load_weights(self._core, table, directory)
             model = self._core.to(self._device)
             wrapped = Float16Module(model.config, model) if args.bf16 else model
@@ -164,7 +164,7 @@ class MegatronTrainer:
 
         Many are views of live parameters in their dtype, on their device: copy what must outlive the next step.
         """
-        return hf_weights(self._core.named_parameters(), self._table, self._ties)
+        return hf_weights(model_tensors(self._core), self._table, self._ties)
 
     def save(self, path: str | Path, state: Mapping[str, Any], *, keep: int | None = None) -> None:
         """Write a checkpoint: model, optimizer, schedule, random states, and `state`.

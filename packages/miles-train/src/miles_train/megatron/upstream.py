@@ -10,8 +10,10 @@ from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.models.backends import BackendSpecProvider, LocalSpecProvider
 from megatron.core.models.gpt import gpt_model
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_submodules
+from megatron.core.models.gpt.gpt_layer_specs import get_mlp_module_spec_for_backend
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
@@ -26,10 +28,17 @@ from megatron.core.tensor_parallel import (
 )
 from megatron.core.tensor_parallel import random as tensor_parallel_random
 from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.module import Float16Module, MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
-from megatron.core.transformer.transformer_layer import TransformerLayer
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_layer import (
+    TransformerLayer,
+    TransformerLayerSubmodules,
+    get_transformer_layer_offset,
+)
 from megatron.training.argument_utils import core_transformer_config_from_args
 from megatron.training.arguments import add_megatron_arguments, validate_args
 from megatron.training.training import get_megatron_ddp_config, get_megatron_optimizer_config
@@ -38,6 +47,8 @@ MEGATRON_VERSION = version("megatron-core")
 
 __all__ = [
     "MEGATRON_VERSION",
+    "AttnMaskType",
+    "BackendSpecProvider",
     "ChainedOptimizer",
     "CheckpointingException",
     "ColumnParallelLinear",
@@ -45,26 +56,34 @@ __all__ = [
     "DistributedOptimizer",
     "Float16Module",
     "GPTModel",
+    "IdentityOp",
+    "LocalSpecProvider",
     "MegatronModule",
     "MegatronOptimizer",
     "ModuleSpec",
     "OptimizerParamScheduler",
     "RowParallelLinear",
+    "SelfAttention",
+    "SelfAttentionSubmodules",
     "ShardedObject",
     "TransformerBlockSubmodules",
     "TransformerConfig",
     "TransformerLayer",
+    "TransformerLayerSubmodules",
     "add_megatron_arguments",
     "core_transformer_config_from_args",
     "dist_checkpointing",
     "filesystem_async",
     "finalize_model_grads",
+    "get_bias_dropout_add",
     "get_cuda_rng_tracker",
     "get_forward_backward_func",
-    "get_gpt_layer_local_submodules",
     "get_megatron_ddp_config",
     "get_megatron_optimizer",
     "get_megatron_optimizer_config",
+    "get_mlp_module_spec_for_backend",
+    "get_num_layers_to_build",
+    "get_transformer_layer_offset",
     "gpt_model",
     "model_parallel_cuda_manual_seed",
     "parallel_state",

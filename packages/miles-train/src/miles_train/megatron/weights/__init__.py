@@ -3,18 +3,29 @@
 Importing this package imports torch, not Megatron.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from miles_core.errors import InputError
 from miles_train.megatron.weights import llama, qwen3
-from miles_train.megatron.weights.table import Fusion, GroupedQKV, Row, Stacked, WeightTable, Whole
+from miles_train.megatron.weights.table import (
+    Concatenated,
+    Fusion,
+    GroupedQKV,
+    Region,
+    Row,
+    Stacked,
+    WeightTable,
+    Whole,
+)
 from miles_train.model_dir import ModelDirectory
 
 __all__ = [
     "TABLES",
+    "Concatenated",
     "Fusion",
     "GroupedQKV",
+    "Region",
     "Row",
     "Stacked",
     "WeightTable",
@@ -22,7 +33,7 @@ __all__ = [
     "table_for",
 ]
 
-TABLES: Mapping[str, Callable[[Mapping[str, Any]], WeightTable]] = {
+TABLES: Mapping[str, Callable[[Mapping[str, Any], Collection[str]], WeightTable]] = {
     "LlamaForCausalLM": llama.table,
     "Qwen3ForCausalLM": qwen3.table,
 }
@@ -43,7 +54,7 @@ def table_for(directory: ModelDirectory) -> WeightTable:
             "Train one of these, or register a weight table and a spec for it.",
         )
     try:
-        table = make(directory.config)
+        table = make(directory.config, directory.tensors.keys())
     except KeyError as error:
         raise InputError(
             str(directory.path / "config.json"),
