@@ -1,39 +1,89 @@
 """Receivers: whose weights a transaction changes.
 
-A receiver knows its weights and nothing of transports or messages. It is told to check, then to load.
+A receiver knows its weights and nothing of transports or messages. It is handed pieces of tensors and writes
+them where they belong:
+
+    check(manifest)     is every weight covered? changes nothing; asked for once per layout
+    begin(manifest, mode)  ▸  install(pieces) *  ▸  commit(version)
+                           ╲_______________________  abandon()      the weights may be a mixture
+
+In staged mode the three come together, once everything has arrived and was verified. In place, `begin` comes before
+the first bucket, `install` with every bucket as it arrives, `commit` after the digests were found equal.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Mapping
-from typing import Protocol
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 
 from miles_sync.buckets import cut, pack
 from miles_sync.digest import CHUNK_BYTES, Digest
 from miles_sync.errors import MismatchError
-from miles_sync.manifest import describe, lay_out
+from miles_sync.manifest import Manifest, describe, lay_out
 from miles_sync.sources import named_weights
+
+Mode = Literal["staged", "in_place"]
+
+
+class Piece(NamedTuple):
+    """A tensor of the manifest, or a run of its elements.
+
+    Attributes:
+        index: Which entry of the manifest.
+        start: First element, in the entry's row-major order; 0 for a whole entry.
+        data: The entry's dtype. A whole entry has the entry's shape, a run is one-dimensional. A view of memory
+            that is reused once the call has returned (on a device: once the current stream has passed it).
+    """
+
+    index: int
+    start: int
+    data: torch.Tensor
 
 
 class Receiver(Protocol):
-    """Weights that can be checked against, loaded and fingerprinted."""
+    """Weights that can be checked against, written and fingerprinted.
 
-    def check(self, staged: Mapping[str, torch.Tensor]) -> None:
-        """Raise `MismatchError` unless `load` of such tensors would write every weight and nothing else.
+    All calls come one at a time. `check` may come from another thread than the rest; on a device, `install` runs under
+    the stream that the pieces arrive on, and whoever called it synchronises before answering anybody.
 
-        Changes nothing. Names, shapes and dtypes are those of the transfer to come; the contents may be anything.
+    Attributes:
+        device: Where pieces are wanted; they may come from host memory where the transport has no other.
+        exact: Whether live weights lie as the manifest's tensors do, so that `fingerprint` equals the transaction's digest.
+    """
+
+    device: torch.device
+    exact: bool
+
+    def check(self, manifest: Manifest) -> None:
+        """Raise `MismatchError` unless installing these tensors would write every weight and nothing else."""
+        ...
+
+    def begin(self, manifest: Manifest, mode: Mode) -> None:
+        """Get ready for the pieces of a manifest that was checked. Writes no weight yet."""
+        ...
+
+    def install(self, pieces: Sequence[Piece]) -> None:
+        """Write pieces into the live weights, in any order of entries.
+
+        The runs of an entry start at multiples of 2 MiB and together cover it. For one layout and transport the very
+        same sequence object (same views, same addresses) comes again in each sync: what was worked out for it may be
+        kept, by `id(pieces)`, until the next `begin` with another layout.
         """
         ...
 
-    def load(self, staged: Mapping[str, torch.Tensor]) -> None:
-        """Write the staged tensors into the live weights. The staging memory is reused afterwards."""
+    def commit(self, version: int) -> None:
+        """All pieces were installed and verified: do what remains, and serve."""
         ...
 
-    def fingerprint(self) -> str:
-        """A digest of the live weights as they lie in memory now."""
+    def abandon(self) -> None:
+        """The transaction ended between `begin` and `commit`: weights may be a mixture, until another is committed."""
+        ...
+
+    def fingerprint(self) -> Callable[[], str]:
+        """Start digesting the live weights as they lie in memory now; the call that is returned waits for 32 hex digits."""
         ...
 
 
