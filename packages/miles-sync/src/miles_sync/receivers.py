@@ -51,7 +51,7 @@ class Receiver(Protocol):
 
     Attributes:
         device: Where pieces are wanted; they may come from host memory where the transport has no other.
-        exact: Whether live weights lie as the manifest's tensors do, so that `fingerprint` equals the transaction's digest.
+        exact: Whether live weights are the manifest's tensors: `fingerprint` then gives the transaction's digest.
     """
 
     device: torch.device
@@ -83,7 +83,7 @@ class Receiver(Protocol):
         ...
 
     def fingerprint(self) -> Callable[[], str]:
-        """Start digesting the live weights as they lie in memory now; the call that is returned waits for 32 hex digits."""
+        """Start digesting the live weights as they are now; the call that is returned waits for 32 hex digits."""
         ...
 
 
