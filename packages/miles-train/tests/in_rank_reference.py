@@ -1,8 +1,11 @@
 """Our model beside transformers', in a rank's process."""
 
+import tempfile
+
 import numpy as np
 import torch
 from in_rank_trainer import make_trainer
+from safetensors.torch import load_file
 from train_tiny import batch_of
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -10,8 +13,11 @@ from miles_train.export import export_directory
 from miles_train.megatron import MegatronTrainer, cpu_shim
 from miles_train.megatron.runtime import Address
 from miles_train.megatron.trainer import Hooks
-from miles_train.megatron.weights.convert import hf_weights
+from miles_train.megatron.weights.convert import hf_weights, model_tensors
 from miles_train.model_dir import open_model_directory
+
+# A router whose choices hang on rounding would make a test a game of chance.
+SPREAD = {"gate.weight": 1.0, "router.weight": 1.0}
 
 
 class NegativeLogLikelihood:
@@ -23,47 +29,84 @@ class NegativeLogLikelihood:
         return -inputs.logprobs, {}
 
 
-def make_reference_model(_, path, model_type, values):
-    """A random model of transformers, its norms and biases too, saved to `path`."""
+def make_reference_model(_, path, model_type, values, dtype="float32"):
+    """A random model of transformers, its norms, biases and routers' corrections too, saved to `path`."""
+    torch.set_num_threads(1)
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **values))
+    config = AutoConfig.for_model(model_type, **values)
+    model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
     with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
+        for name, parameter in model.named_parameters():
+            spread = next((spread for end, spread in SPREAD.items() if name.endswith(end)), 0.1)
+            parameter.add_(spread * torch.randn_like(parameter))
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.add_(0.2 * torch.randn_like(buffer))
     model.save_pretrained(path)
 
 
-def compare_with_transformers(address, path):
-    """Logits and gradients of both, as {"logits": (ours, theirs), "gradients": {name: (ours, theirs)}}."""
+def compare_with_transformers(address, path, settings=None):
+    """Logits, gradients and stored tensors of both.
+
+    Returns:
+        {"logits": [(ours, theirs) of each sample], "gradients": {stored name: (ours, theirs)}, "exported": names of
+        stored tensors that do not come back bit for bit, and of tensors that come back but were not stored}.
+    """
+    torch.set_num_threads(1)
     models = []
     trainer = MegatronTrainer(
         path,
-        {"lr": 1e-9, "clip_grad": 0.0, "weight_decay": 0.0},
+        {"lr": 1e-9, "clip_grad": 0.0, "weight_decay": 0.0, **(settings or {})},
         NegativeLogLikelihood(),
         address=Address(address[0], address[1], address[2], next(address[3])),
         hooks=Hooks(after_model_init=models.extend),
     )
-    reference = AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager")
+    reference = AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager", dtype=torch.float32)
     batch = batch_of(num_samples=6)
     ends = batch.offsets[1:-1]
     samples = [torch.from_numpy(part).long() for part in np.split(batch.tokens, ends)]
     masks = [torch.from_numpy(part) for part in np.split(batch.loss_mask, ends)]
-    logits = ours_logits(models[0], samples[0]), reference(samples[0][None]).logits[0].detach().numpy()
-
-    loss = sum(
-        -reference(tokens[None]).logits[0].log_softmax(-1)[:-1].gather(-1, tokens[1:, None])[:, 0][mask[1:]].sum()
-        for tokens, mask in zip(samples, masks, strict=True)
-    )
-    (loss / batch.num_loss_tokens).backward()
-    theirs = {name: parameter.grad.numpy() for name, parameter in reference.named_parameters()}
+    ours_all = [ours_logits(models[0], tokens) for tokens in samples]
+    theirs_all = [reference(tokens[None]).logits[0] for tokens in samples]
+    losses = [
+        -logits.log_softmax(-1)[:-1].gather(-1, tokens[1:, None])[:, 0][mask[1:]].sum()
+        for logits, tokens, mask in zip(theirs_all, samples, masks, strict=True)
+    ]
+    (sum(losses) / batch.num_loss_tokens).backward()
+    theirs = stored_gradients(reference)
+    changed = changed_tensors(trainer, path)
     trainer.step([batch])
-    grads = {name: parameter.main_grad for name, parameter in models[0].module.named_parameters()}
-    ours = dict(hf_weights(grads, trainer._table, {}))
+    tensors = model_tensors(models[0].module)
+    gradients = {name: getattr(tensor, "main_grad", tensor) for name, tensor in tensors.items()}
+    ours = dict(hf_weights(gradients, trainer._table, {}))
     trainer.close()
     return {
-        "logits": logits,
-        "gradients": {name: (ours[name].numpy(), theirs[name]) for name in theirs},
+        "logits": [(a, b.detach().numpy()) for a, b in zip(ours_all, theirs_all, strict=True)],
+        "gradients": {name: (ours[name].numpy(), theirs[name].numpy()) for name in theirs},
+        "exported": changed,
     }
+
+
+def stored_gradients(reference):
+    """Gradients under the names that parameters have in a checkpoint: transformers stacks experts in memory alone."""
+    grads = {
+        name: torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.clone()
+        for name, parameter in reference.named_parameters()
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        reference.save_pretrained(folder, state_dict=grads)
+        return load_file(f"{folder}/model.safetensors")
+
+
+def changed_tensors(trainer, path):
+    """Tensors that do not come back as they were stored."""
+    with open_model_directory(path).reader() as read:
+        stored = {name: read(name).clone() for name in open_model_directory(path).tensors}
+    ours = {name: tensor.clone() for name, tensor in trainer.weights()}
+    both = ours.keys() & stored.keys()
+    return sorted(ours.keys() ^ stored.keys()) + sorted(
+        name for name in both if not torch.equal(ours[name].to(stored[name].dtype), stored[name])
+    )
 
 
 def ours_logits(model, tokens):

@@ -15,6 +15,7 @@ from megatron.core.models.backends import BackendSpecProvider, LocalSpecProvider
 from megatron.core.models.gpt import gpt_model
 from megatron.core.models.gpt.gpt_layer_specs import get_mlp_module_spec_for_backend
 from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec_for_backend
 from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import ChainedOptimizer
@@ -32,6 +33,8 @@ from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubm
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.module import Float16Module, MegatronModule
+from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_layer import (
@@ -60,12 +63,14 @@ __all__ = [
     "LocalSpecProvider",
     "MegatronModule",
     "MegatronOptimizer",
+    "MoELayer",
     "ModuleSpec",
     "OptimizerParamScheduler",
     "RowParallelLinear",
     "SelfAttention",
     "SelfAttentionSubmodules",
     "ShardedObject",
+    "TopKRouter",
     "TransformerBlockSubmodules",
     "TransformerConfig",
     "TransformerLayer",
@@ -82,6 +87,7 @@ __all__ = [
     "get_megatron_optimizer",
     "get_megatron_optimizer_config",
     "get_mlp_module_spec_for_backend",
+    "get_moe_module_spec_for_backend",
     "get_num_layers_to_build",
     "get_transformer_layer_offset",
     "gpt_model",

@@ -1,0 +1,127 @@
+"""The rows of a mixture of experts, for every family that has one."""
+
+from dataclasses import dataclass
+
+from miles_train.megatron.moe_config import MoEConfig
+from miles_train.megatron.weights.table import Row, Stacked
+
+
+@dataclass(frozen=True, slots=True)
+class MoENames:
+    """How a family calls the block's tensors, each after `prefix`.
+
+    Attributes:
+        prefix: of the block, with `{layer}` where it stands for several.
+        router: the router's weight.
+        bias: the router's bias per expert.
+        experts: prefix of the routed experts.
+        shared: prefix of the shared experts.
+        shared_gate: weight of the gate on the shared experts.
+        stacked: whether one tensor holds all experts: `gate_up_proj` [experts, 2 * size, hidden] and `down_proj`
+            [experts, hidden, size]; otherwise each expert has three tensors, `{expert}.gate_proj.weight` and so on.
+    """
+
+    prefix: str = "model.layers.{layer}.mlp."
+    router: str = "gate.weight"
+    bias: str = "gate.e_score_correction_bias"
+    experts: str = "experts."
+    shared: str = "shared_experts."
+    shared_gate: str = "shared_expert_gate.weight"
+    stacked: bool = False
+
+
+def moe_rows(
+    config: MoEConfig,
+    hidden: int,
+    layers: tuple[int, ...] | None = None,
+    names: MoENames | None = None,
+    megatron: str = "decoder.layers.{layer}.mlp.",
+) -> list[Row]:
+    """Rows of the block.
+
+    Args:
+        config: of the experts.
+        hidden: width of the residual stream.
+        layers: which layers have such a block; None for all of them.
+        names: Hugging Face's; None for those of DeepSeek-V3.
+        megatron: prefix of Megatron's names.
+    """
+    names = names or MoENames()
+    router = names.prefix + names.router
+    rows = [Row((router,), ((config.num_experts, hidden),), megatron + "router.weight", layers=layers)]
+    if config.has_bias:
+        bias = names.prefix + names.bias
+        rows.append(Row((bias,), ((config.num_experts,),), megatron + "router.expert_bias", layers=layers, fp32=True))
+    rows += _expert_rows(config, hidden, layers, names, megatron + "experts.local_experts.{expert}.")
+    if config.shared_size:
+        rows += gated_mlp_rows(
+            names.prefix + names.shared, megatron + "shared_experts.", hidden, config.shared_size, layers=layers
+        )
+    if config.shared_gate:
+        gate = names.prefix + names.shared_gate
+        rows.append(Row((gate,), ((1, hidden),), megatron + "shared_experts.gate_weight", layers=layers))
+    return rows
+
+
+def _expert_rows(
+    config: MoEConfig, hidden: int, layers: tuple[int, ...] | None, names: MoENames, megatron: str
+) -> list[Row]:
+    prefix, size = names.prefix + names.experts, config.expert_size
+    if not names.stacked:
+        return gated_mlp_rows(
+            prefix + "{expert}.", megatron, hidden, size, layers=layers, num_experts=config.num_experts
+        )
+    return [
+        Row(
+            (prefix + "gate_up_proj",) * 2,
+            ((size, hidden),) * 2,
+            megatron + "linear_fc1.weight",
+            Stacked(2),
+            shard_dim=0,
+            layers=layers,
+            num_experts=config.num_experts,
+            starts=(0, size),
+        ),
+        Row(
+            (prefix + "down_proj",),
+            ((hidden, size),),
+            megatron + "linear_fc2.weight",
+            shard_dim=1,
+            layers=layers,
+            num_experts=config.num_experts,
+        ),
+    ]
+
+
+def gated_mlp_rows(
+    hf: str, megatron: str, hidden: int, width: int, *, layers: tuple[int, ...] | None = None, num_experts: int = 0
+) -> list[Row]:
+    """Rows of a gated MLP without biases: `gate_proj`, `up_proj` and `down_proj` after the prefix `hf`.
+
+    Args:
+        hf: prefix of Hugging Face's names.
+        megatron: prefix of Megatron's.
+        hidden: width of the residual stream.
+        width: of the MLP.
+        layers: which layers have it; None for all of them.
+        num_experts: how many experts a prefix with `{expert}` stands for.
+    """
+    return [
+        Row(
+            (hf + "gate_proj.weight", hf + "up_proj.weight"),
+            ((width, hidden),) * 2,
+            megatron + "linear_fc1.weight",
+            Stacked(2),
+            shard_dim=0,
+            layers=layers,
+            num_experts=num_experts,
+        ),
+        Row(
+            (hf + "down_proj.weight",),
+            ((hidden, width),),
+            megatron + "linear_fc2.weight",
+            shard_dim=1,
+            layers=layers,
+            num_experts=num_experts,
+        ),
+    ]

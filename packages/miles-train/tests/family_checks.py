@@ -1,0 +1,26 @@
+"""What a family's tests check: one random model, made by transformers, in both."""
+
+import numpy as np
+
+LOGITS = 1e-4  # of the largest
+GRADIENTS = 1e-3  # of the norm
+
+
+def assert_agrees(ranks, path, model_type, values, dtype="float32"):
+    """Make a model at `path`; its logits, gradients and tensors after import and export are those of transformers."""
+    ranks.run_one("in_rank_reference.make_reference_model", path, model_type, values, dtype)
+    assert differences(ranks.run_one("in_rank_reference.compare_with_transformers", path)) == []
+
+
+def differences(result):
+    """What is not equal, in words; logits and gradients within the bounds count as equal."""
+    found = [f"{name} did not come back as it was stored" for name in result["exported"]]
+    for number, (ours, theirs) in enumerate(result["logits"]):
+        gap = np.abs(ours - theirs).max() / np.abs(theirs).max()
+        if not gap <= LOGITS:
+            found.append(f"logits of sample {number} differ by {gap:.1e} of the largest")
+    for name, (ours, theirs) in result["gradients"].items():
+        gap, norm = np.linalg.norm(ours - theirs), np.linalg.norm(theirs)
+        if not gap <= GRADIENTS * norm:
+            found.append(f"gradient of {name} differs by {gap:.1e}, its norm is {norm:.1e}")
+    return found
