@@ -21,9 +21,14 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import ChainedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.ssm.gated_delta_net import GatedDeltaNet as StockGatedDeltaNet
+from megatron.core.ssm.gated_delta_net import GatedDeltaNetSubmodules
+from megatron.core.ssm.gated_delta_net import common as gated_delta_net_common
+from megatron.core.ssm.gated_delta_net import gdn as gated_delta_net
 from megatron.core.tensor_parallel import (
     ColumnParallelLinear,
     RowParallelLinear,
+    copy_to_tensor_model_parallel_region,
     get_cuda_rng_tracker,
     model_parallel_cuda_manual_seed,
 )
@@ -59,6 +64,7 @@ __all__ = [
     "DistributedOptimizer",
     "Float16Module",
     "GPTModel",
+    "GatedDeltaNetSubmodules",
     "IdentityOp",
     "LocalSpecProvider",
     "MegatronModule",
@@ -70,16 +76,20 @@ __all__ = [
     "SelfAttention",
     "SelfAttentionSubmodules",
     "ShardedObject",
+    "StockGatedDeltaNet",
     "TopKRouter",
     "TransformerBlockSubmodules",
     "TransformerConfig",
     "TransformerLayer",
     "TransformerLayerSubmodules",
     "add_megatron_arguments",
+    "copy_to_tensor_model_parallel_region",
     "core_transformer_config_from_args",
     "dist_checkpointing",
     "filesystem_async",
     "finalize_model_grads",
+    "gated_delta_net",
+    "gated_delta_net_common",
     "get_bias_dropout_add",
     "get_cuda_rng_tracker",
     "get_forward_backward_func",
