@@ -13,18 +13,27 @@ class RMSNorm(torch.nn.RMSNorm):
     """RMSNorm that also works under sequence parallelism (Megatron's own wrapper of torch's refuses it).
 
     Each rank then sees part of the sequence; the mark on the weight makes `finalize_model_grads` sum its gradient.
+    Zero-centred, its gain is 1 + weight, added in float32: bfloat16 would round small weights away.
     """
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any):
         """Build it as Megatron builds norms.
 
         Args:
-            config: brings dtype and sequence parallelism.
+            config: brings dtype, sequence parallelism, and whether the weight is zero-centred.
             hidden_size: channels to normalise over.
             eps: added to the mean square.
         """
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
+        self.zero_centered = config.layernorm_zero_centered_gamma
         self.weight.sequence_parallel = config.sequence_parallel  # pyright: ignore[reportAttributeAccessIssue]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise [..., hidden_size]."""
+        if not self.zero_centered:
+            return super().forward(x)
+        gain = 1 + self.weight.float()
+        return torch.nn.functional.rms_norm(x.float(), self.normalized_shape, gain, self.eps).to(x.dtype)
 
 
 class CausalAttention(MegatronModule):
