@@ -29,6 +29,7 @@ from megatron.core.tensor_parallel import (
     ColumnParallelLinear,
     RowParallelLinear,
     copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
     get_cuda_rng_tracker,
     model_parallel_cuda_manual_seed,
 )
@@ -38,6 +39,7 @@ from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubm
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.module import Float16Module, MegatronModule
+from megatron.core.transformer.moe import token_dispatcher
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -47,6 +49,7 @@ from megatron.core.transformer.transformer_layer import (
     TransformerLayerSubmodules,
     get_transformer_layer_offset,
 )
+from megatron.training import arguments as training_arguments
 from megatron.training.argument_utils import core_transformer_config_from_args
 from megatron.training.arguments import add_megatron_arguments, validate_args
 from megatron.training.training import get_megatron_ddp_config, get_megatron_optimizer_config
@@ -90,6 +93,7 @@ __all__ = [
     "finalize_model_grads",
     "gated_delta_net",
     "gated_delta_net_common",
+    "gather_from_sequence_parallel_region",
     "get_bias_dropout_add",
     "get_cuda_rng_tracker",
     "get_forward_backward_func",
@@ -104,5 +108,7 @@ __all__ = [
     "model_parallel_cuda_manual_seed",
     "parallel_state",
     "tensor_parallel_random",
+    "token_dispatcher",
+    "training_arguments",
     "validate_args",
 ]
