@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import miles_train.conformance as conformance
-from miles_train.microbatches import cut
+from miles_train.microbatches import cut, cut_packed
 
 
 def batch_of(seed, num_samples):
@@ -38,3 +38,30 @@ def test_the_example_of_the_docstring_holds():
     batch = batch_of(0, 2)
     micro = next(cut(batch.take([int(batch.lengths.argmax()), int(batch.lengths.argmin())]), 100))
     assert list(micro.lengths) == sorted(micro.lengths)
+
+
+@given(st.integers(0, 1000), st.integers(1, 20), st.integers(1, 60), st.booleans(), st.sampled_from([1, 8]))
+def test_packed_rows_hold_every_token_once(seed, num_samples, max_tokens, all_tokens, multiple):
+    batch = batch_of(seed, num_samples)
+    micros = list(cut_packed(batch, max_tokens, all_tokens=all_tokens, multiple=multiple))
+    columns = np.concatenate([micro.columns for micro in micros])
+    np.testing.assert_array_equal(np.sort(columns), np.arange(len(batch.tokens)))
+    for micro in micros:
+        assert len(micro.columns) <= max_tokens or len(micro.samples) == 1
+        assert micro.tokens.shape == (1, -(-len(micro.columns) // multiple) * multiple)
+        np.testing.assert_array_equal(micro.tokens[0, : len(micro.columns)], batch.tokens[micro.columns])
+        np.testing.assert_array_equal(micro.ends[: len(micro.samples)], np.cumsum(micro.lengths))
+        assert micro.ends[-1] == micro.tokens.size
+        # What is predicted, and from where, is the same as in padded rows.
+        np.testing.assert_array_equal(micro.tokens[micro.rows, micro.positions + 1], micro.targets)
+        np.testing.assert_array_equal(batch.tokens[micro.columns[micro.selected]], micro.targets)
+        starts = np.append(0, micro.ends)[: len(micro.samples)]
+        assert not set(micro.positions + 1) & set(starts)  # no sample is predicted from its neighbour
+        assert all_tokens == (len(micro.selected) == len(micro.columns) - len(micro.samples)) or not all_tokens
+
+
+def test_packed_rows_are_filled_evenly():
+    batch = batch_of(3, 200)
+    loads = [len(micro.columns) for micro in cut_packed(batch, 300)]
+    assert len(loads) == -(-len(batch.tokens) // 300)
+    assert max(loads) - min(loads) <= batch.lengths.max()

@@ -1,5 +1,6 @@
-"""Cuts a batch into right-padded micro-batches of bounded size."""
+"""Cuts a batch into micro-batches of bounded size: right-padded rows, or samples packed end to end into one."""
 
+import heapq
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -11,24 +12,28 @@ from miles_core.types import Batch
 
 @dataclass(frozen=True, slots=True, eq=False)
 class MicroBatch:
-    """Some samples of a batch, padded to the longest of them.
+    """Some samples of a batch: padded to the longest of them, or packed end to end.
 
-    A sample of 3 tokens [7, 9, 4] beside one of 2, its last token selected, reads
+    A sample of 3 tokens [7, 9, 4] beside one of 2, [5, 6], the last token of each selected, reads
 
-        tokens    [[7, 9, 4], [5, 6, 0]]
-        columns   [0, 1, 2, 3, 4]            where their tokens lie in the batch's columns
-        rows      [0], positions [1]         token 2 of row 0 is predicted at position 1
-        targets   [4], selected [2]          it is token 4, entry 2 of `columns`
+        padded: tokens [[7, 9, 4], [5, 6, 0]]    packed: tokens [[7, 9, 4, 5, 6]], ends [3, 5]
+                rows [0, 1], positions [1, 0]            rows [0, 0], positions [1, 3]
+
+        columns [0, 1, 2, 3, 4]      where their tokens lie in the batch's columns
+        targets [4, 6]               the selected tokens; each is predicted at (row, position)
+        selected [2, 4]              their entries in `columns`
 
     Attributes:
-        tokens: int64 [B, S], right-padded with 0.
-        samples: index of each row in the batch, int64 [B].
-        lengths: tokens of each row, int64 [B].
-        columns: flat positions in the batch's columns, row after row, int64 [T], T = sum(lengths).
+        tokens: int64 [B, S], right-padded with 0; [1, S] if packed, 0 after the last sample.
+        samples: index of each sample in the batch, int64 [N].
+        lengths: tokens of each, int64 [N].
+        columns: flat positions in the batch's columns, sample after sample, int64 [T], T = sum(lengths).
         selected: entries of `columns` whose logprob is wanted, int64 [M]; never a sample's first token.
         rows: row of each selected token, int64 [M].
         positions: position that predicts it (its own minus 1), int64 [M].
         targets: the token itself, int64 [M].
+        ends: where each segment of a packed row ends, int32 [N], or [N + 1] where tokens were appended to fill the row
+            (they are a segment of their own); None if padded.
     """
 
     tokens: NDArray[np.int64]
@@ -39,10 +44,11 @@ class MicroBatch:
     rows: NDArray[np.int64]
     positions: NDArray[np.int64]
     targets: NDArray[np.int64]
+    ends: NDArray[np.int32] | None = None
 
 
 def cut(batch: Batch, max_tokens: int, *, all_tokens: bool = False) -> Iterator[MicroBatch]:
-    """Yield the samples of a batch as micro-batches, sorted by length to waste little on padding.
+    """Yield the samples of a batch as padded micro-batches, sorted by length to waste little on padding.
 
     Args:
         batch: at least one sample, none of them empty.
@@ -51,28 +57,54 @@ def cut(batch: Batch, max_tokens: int, *, all_tokens: bool = False) -> Iterator[
     """
     lengths = batch.lengths.astype(np.int64)
     order = np.argsort(lengths, kind="stable")
-    starts = batch.offsets
     first = 0
     while first < len(order):
         stop = first + 1
         # Sorted by length: the next sample would be the longest, and set the width.
         while stop < len(order) and (stop + 1 - first) * lengths[order[stop]] <= max_tokens:
             stop += 1
-        yield _micro_batch(batch, order[first:stop], starts, all_tokens)
+        yield _padded(batch, order[first:stop], all_tokens)
         first = stop
 
 
-def _micro_batch(batch: Batch, samples: NDArray[np.int64], starts: NDArray[np.int64], all_tokens: bool) -> MicroBatch:
-    lengths = batch.lengths[samples].astype(np.int64)
-    rows = np.repeat(np.arange(len(samples)), lengths)
-    positions = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-    columns = starts[samples][rows] + positions
+def cut_packed(batch: Batch, max_tokens: int, *, all_tokens: bool = False, multiple: int = 1) -> Iterator[MicroBatch]:
+    """Yield the samples of a batch as packed micro-batches: as few as fit, filled evenly.
+
+    Args:
+        batch: at least one sample, none of them empty.
+        max_tokens: most tokens of a micro-batch; a longer sample gets one of its own.
+        all_tokens: select every token but each sample's first, instead of those in loss_mask.
+        multiple: tokens are appended until a row's length is a multiple of this (sequence parallelism divides it).
+    """
+    for samples in _balanced(batch.lengths.astype(np.int64), max_tokens):
+        yield _packed(batch, samples, all_tokens, multiple)
+
+
+def _balanced(lengths: NDArray[np.int64], max_tokens: int) -> list[NDArray[np.int64]]:
+    """Samples by micro-batch, each in the batch's order.
+
+    The longest sample first goes to the emptiest micro-batch (Graham 1969, "Bounds on multiprocessing timing
+    anomalies"); one more micro-batch is tried until all fit.
+    """
+    order = np.argsort(-lengths, kind="stable")
+    num_bins = max(1, -(-int(np.minimum(lengths, max_tokens).sum()) // max_tokens))
+    while True:
+        loads = [(0, index) for index in range(num_bins)]
+        bins: list[list[int]] = [[] for _ in range(num_bins)]
+        for sample in order:
+            load, index = loads[0]
+            bins[index].append(int(sample))
+            heapq.heapreplace(loads, (load + int(lengths[sample]), index))
+        if all(len(samples) <= 1 or lengths[samples].sum() <= max_tokens for samples in bins):
+            return [np.sort(np.array(samples, np.int64)) for samples in bins if samples]
+        num_bins += 1
+
+
+def _padded(batch: Batch, samples: NDArray[np.int64], all_tokens: bool) -> MicroBatch:
+    lengths, rows, positions, columns = _places(batch, samples)
     tokens = np.zeros((len(samples), lengths.max()), np.int64)
     tokens[rows, positions] = batch.tokens[columns]
-    wanted = positions > 0
-    if not all_tokens:
-        wanted &= batch.loss_mask[columns]
-    selected = np.flatnonzero(wanted)
+    selected = _selected(batch, positions, columns, all_tokens)
     return MicroBatch(
         tokens=tokens,
         samples=samples.astype(np.int64),
@@ -83,3 +115,42 @@ def _micro_batch(batch: Batch, samples: NDArray[np.int64], starts: NDArray[np.in
         positions=positions[selected] - 1,
         targets=batch.tokens[columns[selected]].astype(np.int64),
     )
+
+
+def _packed(batch: Batch, samples: NDArray[np.int64], all_tokens: bool, multiple: int) -> MicroBatch:
+    lengths, _, positions, columns = _places(batch, samples)
+    size = -(-len(columns) // multiple) * multiple
+    tokens = np.zeros((1, size), np.int64)
+    tokens[0, : len(columns)] = batch.tokens[columns]
+    ends = np.cumsum(lengths)
+    if size > len(columns):
+        ends = np.append(ends, size)
+    selected = _selected(batch, positions, columns, all_tokens)
+    return MicroBatch(
+        tokens=tokens,
+        samples=samples.astype(np.int64),
+        lengths=lengths,
+        columns=columns,
+        selected=selected,
+        rows=np.zeros(len(selected), np.int64),
+        positions=selected - 1,
+        targets=batch.tokens[columns[selected]].astype(np.int64),
+        ends=ends.astype(np.int32),
+    )
+
+
+def _places(batch: Batch, samples: NDArray[np.int64]) -> tuple[NDArray[np.int64], ...]:
+    """Length of each sample; and of each of their tokens the sample's number, its position and its column."""
+    lengths = batch.lengths[samples].astype(np.int64)
+    rows = np.repeat(np.arange(len(samples)), lengths)
+    positions = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    return lengths, rows, positions, batch.offsets[samples][rows] + positions
+
+
+def _selected(
+    batch: Batch, positions: NDArray[np.int64], columns: NDArray[np.int64], all_tokens: bool
+) -> NDArray[np.int64]:
+    wanted = positions > 0
+    if not all_tokens:
+        wanted &= batch.loss_mask[columns]
+    return np.flatnonzero(wanted)
