@@ -39,7 +39,8 @@ class RMSNorm(torch.nn.RMSNorm):
 class CausalAttention(MegatronModule):
     """Causal attention by `torch.nn.functional.scaled_dot_product_attention`, one fused kernel on CPU and GPU.
 
-    Sequences are right-padded: a token never attends to what follows it, so padding needs no mask.
+    Padded on the right, a token never attends to what follows it, so padding needs no mask. Packed, each segment is a
+    call of its own: exact on any device, but slow for many short ones (on a GPU, Transformer Engine takes this place).
     """
 
     def __init__(self, config: TransformerConfig, layer_number: int, softmax_scale: float | None = None, **_: Any):
@@ -67,18 +68,25 @@ class CausalAttention(MegatronModule):
         """Attend.
 
         Args:
-            query: [S, B, heads, head_dim].
-            key: [S, B, groups, head_dim].
-            value: as key.
+            query: [S, B, heads, head_dim]; packed, [T, heads, head_dim].
+            key: [S, B, groups, head_dim]; packed, [T, groups, head_dim].
+            value: as key; its head_dim may be another.
             attention_mask: must be None: the mask is causal.
             attn_mask_type: unused, part of Megatron's contract.
             attention_bias: must be None.
-            packed_seq_params: must be None: sequences are padded.
+            packed_seq_params: Megatron's; `cu_seqlens_q`, int32 [N + 1], says where segments begin and end.
 
         Returns:
-            [S, B, heads * head_dim].
+            [S, B, heads * head_dim]; packed, [T, heads * head_dim].
         """
-        assert attention_mask is None and attention_bias is None and packed_seq_params is None
+        assert attention_mask is None and attention_bias is None
+        if packed_seq_params is None:
+            return self._attend(query, key, value)
+        sizes = packed_seq_params.cu_seqlens_q.diff().tolist()
+        segments = zip(*(part.unsqueeze(1).split(sizes) for part in (query, key, value)), strict=True)
+        return torch.cat([self._attend(*segment).squeeze(1) for segment in segments])
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         context = torch.nn.functional.scaled_dot_product_attention(
             query.permute(1, 2, 0, 3),
             key.permute(1, 2, 0, 3),
