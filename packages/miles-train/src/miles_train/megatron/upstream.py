@@ -42,6 +42,7 @@ from megatron.core.transformer.module import Float16Module, MegatronModule
 from megatron.core.transformer.moe import token_dispatcher
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.router import TopKRouter
+from megatron.core.transformer.multi_latent_attention import MLASelfAttentionSubmodules, MultiLatentAttention
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_layer import (
@@ -70,10 +71,12 @@ __all__ = [
     "GatedDeltaNetSubmodules",
     "IdentityOp",
     "LocalSpecProvider",
+    "MLASelfAttentionSubmodules",
     "MegatronModule",
     "MegatronOptimizer",
     "MoELayer",
     "ModuleSpec",
+    "MultiLatentAttention",
     "OptimizerParamScheduler",
     "RowParallelLinear",
     "SelfAttention",
