@@ -5,36 +5,34 @@ compared with, before any weight is loaded.
 """
 
 import json
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
-from torch import Tensor
-
 from miles_core.errors import InputError
+from miles_train.tensor_files import MappedFiles, StoredTensor
+
+__all__ = ["INDEX", "BlockScales", "ModelDirectory", "StoredTensor", "open_model_directory"]
 
 INDEX = "model.safetensors.index.json"
 _SETTING = "model.path"
+_SCALE = "_scale_inv"
 # A header longer than this is not a header (the format's own limit, in bytes).
 _MAX_HEADER_BYTES = 100_000_000
 
 
 @dataclass(frozen=True, slots=True)
-class StoredTensor:
-    """Where one tensor of a directory lies.
+class BlockScales:
+    """FP8 weights of a directory: each is e4m3 with one factor for each block of its last two dims.
 
     Attributes:
-        file: the safetensors file.
-        dtype: in safetensors' spelling, e.g. "F32" or "BF16".
-        shape: as stored.
+        block: rows and columns of a block.
+        tensors: the factors by the name of the weight. They are multiplied with, whatever `scale_inv` says.
     """
 
-    file: Path
-    dtype: str
-    shape: tuple[int, ...]
+    block: tuple[int, int]
+    tensors: Mapping[str, StoredTensor]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -43,32 +41,25 @@ class ModelDirectory:
 
     Attributes:
         path: the directory.
-        config: config.json.
-        tensors: every stored tensor by name.
+        config: config.json without `quantization_config`.
+        tensors: every stored tensor by name, scales apart.
+        scales: of FP8 weights; None where the directory has none.
     """
 
     path: Path
     config: Mapping[str, Any]
     tensors: Mapping[str, StoredTensor]
+    scales: BlockScales | None = field(default=None)
 
     @property
     def architecture(self) -> str:
         """The class that config.json names, e.g. "Qwen3ForCausalLM"."""
         return self.config["architectures"][0]
 
-    @contextmanager
-    def reader(self) -> Iterator[Callable[[str], Tensor]]:
-        """Give a function that reads one tensor by name; each file is mapped into memory once, never read whole."""
-        with ExitStack() as files:
-            opened: dict[Path, Any] = {}
-
-            def read(name: str) -> Tensor:
-                file = self.tensors[name].file
-                if file not in opened:
-                    opened[file] = files.enter_context(safe_open(file, framework="pt"))
-                return opened[file].get_tensor(name)
-
-            yield read
+    def reader(self) -> MappedFiles:
+        """What reads tensors by name; scales are read under the weight's name with `_scale_inv`."""
+        scales = {} if self.scales is None else self.scales.tensors
+        return MappedFiles({**self.tensors, **{name + _SCALE: stored for name, stored in scales.items()}})
 
 
 def open_model_directory(path: str | Path) -> ModelDirectory:
@@ -102,7 +93,39 @@ def open_model_directory(path: str | Path) -> ModelDirectory:
                 )
             tensors[name] = stored
     _check_index(path, tensors)
-    return ModelDirectory(path, config, tensors)
+    block = _take_quantization(path, config)
+    if block is None:
+        return ModelDirectory(path, config, tensors)
+    weights, scales = _apart(tensors)
+    return ModelDirectory(path, config, weights, BlockScales(block, scales))
+
+
+def _take_quantization(path: Path, config: dict[str, Any]) -> tuple[int, int] | None:
+    """Take `quantization_config` out of a config; the size of an FP8 block, or None if weights are plain numbers."""
+    found = config.pop("quantization_config", None)
+    if isinstance(config.get("text_config"), dict):
+        config["text_config"] = dict(config["text_config"])
+        inner = config["text_config"].pop("quantization_config", None)
+        found = inner if found is None else found
+    if found is None:
+        return None
+    block = found.get("weight_block_size") if isinstance(found, dict) else None
+    is_pair = isinstance(block, list) and len(block) == 2 and all(isinstance(n, int) and n > 0 for n in block)
+    if block is None or not is_pair or found.get("quant_method") != "fp8" or found.get("fmt", "e4m3") != "e4m3":
+        raise InputError(
+            f"quantization_config in {path / 'config.json'}",
+            found,
+            'weights must be plain, or "quant_method": "fp8" with "fmt": "e4m3" and two numbers as "weight_block_size"',
+            "Take the unquantised model, or dequantise this one and save it in bfloat16.",
+        )
+    return block[0], block[1]
+
+
+def _apart(tensors: Mapping[str, StoredTensor]) -> tuple[dict[str, StoredTensor], dict[str, StoredTensor]]:
+    """The tensors proper, and the scales by the name of the weight that they belong to."""
+    scales = {name: tensors[name + _SCALE] for name in tensors if name + _SCALE in tensors}
+    names = {name + _SCALE for name in scales}
+    return {name: stored for name, stored in tensors.items() if name not in names}, scales
 
 
 def _weight_files(path: Path) -> list[Path]:
@@ -161,7 +184,10 @@ def _read_header(file: Path) -> dict[str, StoredTensor]:
     end = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
     if size != end:
         raise _truncated(file, size, end)
-    return {name: StoredTensor(file, entry["dtype"], tuple(entry["shape"])) for name, entry in header.items()}
+    return {
+        name: StoredTensor(file, entry["dtype"], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0])
+        for name, entry in header.items()
+    }
 
 
 def _truncated(file: Path, size: int, expected: int | None = None) -> InputError:

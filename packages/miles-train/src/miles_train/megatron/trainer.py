@@ -33,7 +33,9 @@ from miles_train.megatron.upstream import (
     parallel_state,
 )
 from miles_train.megatron.weights import table_for
-from miles_train.megatron.weights.convert import hf_weights, load_weights, model_tensors, stored_ties
+from miles_train.megatron.weights.convert import hf_weights
+from miles_train.megatron.weights.load import load_weights, stored_ties
+from miles_train.megatron.weights.names import global_tensors
 from miles_train.model_dir import open_model_directory
 
 
@@ -113,7 +115,7 @@ class MegatronTrainer:
         self._ties = stored_ties(table, directory)
         with cpu_shim.active(), quietly():
             (self._core,) = build_chunks(spec, directory.config, args)
-            load_weights(self._core, table, directory)
+            load_weights([self._core], table, directory)
             model = self._core.to(self._device)
             wrapped = Float16Module(model.config, model) if args.bf16 else model
             self._model = _with_gradient_buffers(wrapped, args)
@@ -164,7 +166,7 @@ class MegatronTrainer:
 
         Many are views of live parameters in their dtype, on their device: copy what must outlive the next step.
         """
-        return hf_weights(model_tensors(self._core), self._table, self._ties)
+        return hf_weights(global_tensors([self._core]), self._table, self._ties)
 
     def save(self, path: str | Path, state: Mapping[str, Any], *, keep: int | None = None) -> None:
         """Write a checkpoint: model, optimizer, schedule, random states, and `state`.

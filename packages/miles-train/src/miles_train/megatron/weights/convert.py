@@ -1,13 +1,10 @@
-"""Fill a Megatron model from a Hugging Face directory, and read it back out under the directory's names."""
+"""Read a Megatron model back out under the names of its Hugging Face directory."""
 
 from collections.abc import Iterable, Iterator, Mapping
 
-import torch
 from torch import Tensor, nn
 
-from miles_core.errors import InputError
 from miles_train.megatron.weights.table import Region, Row, WeightTable
-from miles_train.model_dir import ModelDirectory
 
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -20,46 +17,13 @@ def model_tensors(model: nn.Module) -> dict[str, Tensor]:
     return tensors
 
 
-@torch.no_grad()
-def load_weights(model: nn.Module, table: WeightTable, directory: ModelDirectory) -> None:
-    """Copy every tensor of the directory into its parameter, in the parameter's dtype.
-
-    Tensors are read one row at a time; padding of the vocabulary becomes zero.
-
-    Args:
-        model: a Megatron model, unwrapped; tensor parallel size 1.
-        table: of the same architecture, checked against the directory.
-        directory: where the weights lie.
-
-    Raises:
-        InputError: the model's parameters are not those of the table, or a tied tensor is stored and differs.
-    """
-    tensors = model_tensors(model)
-    table.check_model(tensors)
-    with directory.reader() as read:
-        for row in table.expand():
-            parameter = tensors[row.megatron]
-            joined = row.fusion.join([_box(read(region.name), region) for region in row.regions()])
-            if row.padded:
-                parameter[len(joined) :] = 0
-            parameter[: len(joined)].copy_(joined)
-        for name, original in stored_ties(table, directory).items():
-            if not torch.equal(read(name), read(original)):
-                raise InputError(
-                    f"{name} in {directory.path}",
-                    f"differs from {original}",
-                    "tie_word_embeddings = true makes them one tensor",
-                    'Set "tie_word_embeddings": false in config.json to train both.',
-                )
-
-
 def hf_weights(
     parameters: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]], table: WeightTable, ties: Mapping[str, str]
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield every Hugging Face tensor with its name.
 
     Args:
-        parameters: of a Megatron model, unwrapped, by name (`model_tensors`); tensor parallel size 1.
+        parameters: of a Megatron model, unwrapped, by name (`names.global_tensors`); tensor parallel size 1.
         table: of the same architecture.
         ties: repeated tensors to yield as well, name to original (see `stored_ties`).
 
@@ -78,11 +42,6 @@ def hf_weights(
             yield region.name, tensor
             if region.name in repeated:
                 yield repeated[region.name], tensor
-
-
-def stored_ties(table: WeightTable, directory: ModelDirectory) -> dict[str, str]:
-    """The tied names that the directory stores all the same, name to original."""
-    return {name: original for name, original in table.tied.items() if name in directory.tensors}
 
 
 def _parts(row: Row, parameter: Tensor) -> list[Tensor]:

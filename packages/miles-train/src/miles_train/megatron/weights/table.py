@@ -310,7 +310,7 @@ class WeightTable:
         """
         shapes = self.shapes()
         stored = {name for name in directory.tensors if name not in self.tied and not self.is_outside(name)}
-        _check_names(
+        check_names(
             f"tensors of {directory.path}",
             f"the weight table of {directory.architecture}",
             stored,
@@ -333,7 +333,7 @@ class WeightTable:
         Raises:
             InputError: a parameter without a row or a row without a parameter.
         """
-        _check_names(
+        check_names(
             "parameters of the Megatron model",
             "the weight table",
             set(parameters),
@@ -341,7 +341,8 @@ class WeightTable:
         )
 
 
-def _check_names(what: str, table: str, found: set[str], expected: Mapping[str, object]) -> None:
+def check_names(what: str, table: str, found: set[str], expected: Mapping[str, object]) -> None:
+    """Raise InputError with both remainders, unless what was found is what was expected."""
     missing = [name for name in expected if name not in found]
     extra = sorted(name for name in found if name not in expected)
     if not missing and not extra:
