@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from miles_core.errors import InputError
-from miles_train.megatron.weights import llama, qwen3
+from miles_train.megatron.weights import deepseek, glm4_moe_lite, llama, qwen3
 from miles_train.megatron.weights.table import (
     Concatenated,
     Fusion,
@@ -34,6 +34,9 @@ __all__ = [
 ]
 
 TABLES: Mapping[str, Callable[[Mapping[str, Any], Collection[str]], WeightTable]] = {
+    "DeepseekV3ForCausalLM": deepseek.table,
+    "Glm4MoeLiteForCausalLM": glm4_moe_lite.table,
+    "KimiK25ForConditionalGeneration": deepseek.table,
     "LlamaForCausalLM": llama.table,
     "Qwen3ForCausalLM": qwen3.table,
 }
