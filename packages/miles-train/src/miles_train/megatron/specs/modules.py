@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from miles_train.megatron.upstream import MegatronModule, TransformerConfig
+from miles_train.megatron.specs.context_parallel import attend_over_ranks
+from miles_train.megatron.upstream import MegatronModule, TransformerConfig, parallel_state
 
 
 class RMSNorm(torch.nn.RMSNorm):
@@ -80,8 +81,12 @@ class CausalAttention(MegatronModule):
             [S, B, heads * head_dim]; packed, [T, heads * head_dim].
         """
         assert attention_mask is None and attention_bias is None
+        group = parallel_state.get_context_parallel_group()
+        if packed_seq_params is None and group.size() > 1:
+            return attend_over_ranks(query, key, value, group, self.softmax_scale).flatten(2)
         if packed_seq_params is None:
             return self._attend(query, key, value)
+        assert group.size() == 1, "packed sequences are not divided over context-parallel ranks"
         sizes = packed_seq_params.cu_seqlens_q.diff().tolist()
         segments = zip(*(part.unsqueeze(1).split(sizes) for part in (query, key, value)), strict=True)
         return torch.cat([self._attend(*segment).squeeze(1) for segment in segments])
