@@ -16,7 +16,8 @@ class MoEConfig:
         num_experts: routed experts.
         top_k: experts that each token goes to.
         expert_size: width of one expert.
-        score: what makes the router's logits scores: "softmax" over all experts, or "sigmoid" of each.
+        score: what makes the router's logits scores: "softmax" over all experts, "sigmoid" of each, or "sqrtsoftplus",
+            the root of each one's softplus.
         normalize: whether the chosen experts' scores are divided by their sum.
         scaling: factor on the weights that result.
         num_groups: equal groups of neighbouring experts; 1 for none.
@@ -45,6 +46,8 @@ class MoEConfig:
 
     def __post_init__(self) -> None:
         """Refuse what no router can compute."""
+        if self.score not in {"softmax", "sigmoid", "sqrtsoftplus"}:
+            raise InputError("scoring_func", self.score, "must be softmax, sigmoid or sqrtsoftplus", "Use one of them.")
         choices = self.num_experts
         if self.is_grouped:
             self._check("n_group", self.num_groups, self.num_experts % self.num_groups == 0, "must divide the experts")

@@ -32,6 +32,8 @@ from megatron.core.tensor_parallel import (
     gather_from_sequence_parallel_region,
     get_cuda_rng_tracker,
     model_parallel_cuda_manual_seed,
+    reduce_from_tensor_model_parallel_region,
+    reduce_scatter_to_sequence_parallel_region,
 )
 from megatron.core.tensor_parallel import random as tensor_parallel_random
 from megatron.core.transformer import TransformerConfig
@@ -50,6 +52,7 @@ from megatron.core.transformer.transformer_layer import (
     TransformerLayerSubmodules,
     get_transformer_layer_offset,
 )
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from megatron.training import arguments as training_arguments
 from megatron.training.argument_utils import core_transformer_config_from_args
 from megatron.training.arguments import add_megatron_arguments, validate_args
@@ -108,8 +111,11 @@ __all__ = [
     "get_num_layers_to_build",
     "get_transformer_layer_offset",
     "gpt_model",
+    "make_sharded_tensors_for_checkpoint",
     "model_parallel_cuda_manual_seed",
     "parallel_state",
+    "reduce_from_tensor_model_parallel_region",
+    "reduce_scatter_to_sequence_parallel_region",
     "tensor_parallel_random",
     "token_dispatcher",
     "training_arguments",

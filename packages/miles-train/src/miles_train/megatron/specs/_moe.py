@@ -11,6 +11,7 @@ One difference stays, of rounding only: an expert's weight multiplies the input 
 the output.
 """
 
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -21,6 +22,12 @@ from torch import Tensor
 from miles_train.megatron.moe_config import MoEConfig
 from miles_train.megatron.specs.backend import BackendSpecProvider
 from miles_train.megatron.upstream import MoELayer, TopKRouter, TransformerConfig, get_moe_module_spec_for_backend
+
+_SCORES: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "softmax": lambda logits: logits.softmax(-1),
+    "sigmoid": torch.sigmoid,
+    "sqrtsoftplus": lambda logits: torch.nn.functional.softplus(logits).sqrt(),
+}
 
 
 def moe_arguments(config: MoEConfig) -> dict[str, Any]:
@@ -43,19 +50,25 @@ def moe_arguments(config: MoEConfig) -> dict[str, Any]:
     }
 
 
-def moe_mlp(config: MoEConfig, transformer: TransformerConfig, backend: BackendSpecProvider) -> Any:
+def moe_mlp(
+    config: MoEConfig,
+    transformer: TransformerConfig,
+    backend: BackendSpecProvider,
+    router: "Callable[..., Router] | None" = None,
+) -> Any:
     """The block, as `decoder_layer` takes an MLP.
 
     Args:
         config: of the experts.
         transformer: made from `moe_arguments`.
         backend: brings linears and experts.
+        router: a subclass of `Router`; None for itself.
     """
     stock: Any = get_moe_module_spec_for_backend(
         backend, num_experts=config.num_experts, moe_grouped_gemm=transformer.moe_grouped_gemm
     )
-    router = partial(Router, routing=config)
-    return partial(MoELayer, submodules=replace(stock.keywords["submodules"], router=router))
+    submodules = replace(stock.keywords["submodules"], router=partial(router or Router, routing=config))
+    return partial(MoELayer, submodules=submodules)
 
 
 class Router(TopKRouter):
@@ -89,7 +102,7 @@ class Router(TopKRouter):
         """
         routing = self.routing_config
         flat = logits.view(-1, routing.num_experts)
-        scores = flat.float().softmax(-1) if routing.score == "softmax" else flat.float().sigmoid()
+        scores = _SCORES[routing.score](flat.float())
         chosen = self._choose(scores.detach())
         weights = scores.gather(1, chosen)
         if routing.normalize:
