@@ -2,15 +2,34 @@
 
 from collections.abc import Mapping
 
-from miles_train.megatron.specs import deepseek, glm4_moe_lite, llama, qwen3
+from miles_train.megatron.specs import (
+    deepseek,
+    glm4_moe,
+    glm4_moe_lite,
+    llama,
+    qwen2,
+    qwen3,
+    qwen3_5,
+    qwen3_moe,
+    qwen3_next,
+)
 from miles_train.megatron.specs.build import Spec, build_chunks
 
 __all__ = ["SPECS", "Spec", "build_chunks"]
 
 SPECS: Mapping[str, Spec] = {
     "DeepseekV3ForCausalLM": deepseek.SPEC,
+    "DeepseekV4ForCausalLM": deepseek_v4.SPEC,
     "Glm4MoeLiteForCausalLM": glm4_moe_lite.SPEC,
     "KimiK25ForConditionalGeneration": deepseek.SPEC,
+    "Glm4MoeForCausalLM": glm4_moe.SPEC,
     "LlamaForCausalLM": llama.SPEC,
+    "Qwen2ForCausalLM": qwen2.SPEC,
     "Qwen3ForCausalLM": qwen3.SPEC,
+    "Qwen3NextForCausalLM": qwen3_next.SPEC,
+    "Qwen3_5ForCausalLM": qwen3_5.DENSE,
+    "Qwen3_5ForConditionalGeneration": qwen3_5.DENSE,
+    "Qwen3_5MoeForCausalLM": qwen3_5.MOE,
+    "Qwen3_5MoeForConditionalGeneration": qwen3_5.MOE,
+    "Qwen3MoeForCausalLM": qwen3_moe.SPEC,
 }

@@ -7,7 +7,18 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from miles_core.errors import InputError
-from miles_train.megatron.weights import deepseek, glm4_moe_lite, llama, qwen3
+from miles_train.megatron.weights import (
+    deepseek,
+    deepseek_v4,
+    glm4_moe,
+    glm4_moe_lite,
+    llama,
+    qwen2,
+    qwen3,
+    qwen3_5,
+    qwen3_moe,
+    qwen3_next,
+)
 from miles_train.megatron.weights.table import (
     Concatenated,
     Fusion,
@@ -34,11 +45,20 @@ __all__ = [
 ]
 
 TABLES: Mapping[str, Callable[[Mapping[str, Any], Collection[str]], WeightTable]] = {
+    "DeepseekV4ForCausalLM": deepseek_v4.table,
     "DeepseekV3ForCausalLM": deepseek.table,
     "Glm4MoeLiteForCausalLM": glm4_moe_lite.table,
     "KimiK25ForConditionalGeneration": deepseek.table,
+    "Glm4MoeForCausalLM": glm4_moe.table,
     "LlamaForCausalLM": llama.table,
+    "Qwen2ForCausalLM": qwen2.table,
     "Qwen3ForCausalLM": qwen3.table,
+    "Qwen3NextForCausalLM": qwen3_next.table,
+    "Qwen3_5ForCausalLM": qwen3_5.dense_table,
+    "Qwen3_5ForConditionalGeneration": qwen3_5.dense_table,
+    "Qwen3_5MoeForCausalLM": qwen3_5.moe_table,
+    "Qwen3_5MoeForConditionalGeneration": qwen3_5.moe_table,
+    "Qwen3MoeForCausalLM": qwen3_moe.table,
 }
 
 
