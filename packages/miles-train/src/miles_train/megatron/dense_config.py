@@ -4,59 +4,12 @@ The weight table and the layer spec of such a family both start here. Values tha
 this package does not compute are refused: a model that only almost matches is worse than none.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from miles_core.errors import InputError
-
-
-@dataclass(frozen=True, slots=True)
-class Rope:
-    """Rotary position embedding.
-
-    Attributes:
-        theta: base of the wavelengths.
-        kind: "default", "linear" or "llama3".
-        factor: how far the context is stretched; 1 for "default".
-        low_freq_factor: "llama3" only, as are the next two: wavelengths above original_max / low_freq_factor are
-            stretched in full,
-        high_freq_factor: those below original_max / high_freq_factor not at all,
-        original_max: the context length before stretching, in tokens.
-    """
-
-    theta: float
-    kind: str = "default"
-    factor: float = 1.0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max: int = 8192
-
-    def inverse_frequencies(self, head_dim: int) -> Tensor:
-        """Angle per token of each pair of channels, float32 [head_dim / 2].
-
-        Formulas: Su et al. 2021 (arXiv:2104.09864); "linear": Chen et al. 2023 (arXiv:2306.15595); "llama3":
-        transformers/modeling_rope_utils.py, `_compute_llama3_parameters`, whose order of operations is kept.
-        """
-        exponents = torch.arange(0, head_dim, 2, dtype=torch.int64, device="cpu").float() / head_dim
-        inverse = 1.0 / (self.theta**exponents)
-        if self.kind == "linear":
-            return inverse / self.factor
-        if self.kind == "default":
-            return inverse
-        wavelength = 2 * math.pi / inverse
-        longest, shortest = self.original_max / self.low_freq_factor, self.original_max / self.high_freq_factor
-        smooth = (self.original_max / wavelength - self.low_freq_factor) / (
-            self.high_freq_factor - self.low_freq_factor
-        )
-        stretched = torch.where(wavelength > longest, inverse / self.factor, inverse)
-        between = ~(wavelength < shortest) & ~(wavelength > longest)
-        blended = (1 - smooth) * stretched / self.factor + smooth * stretched
-        return torch.where(between, blended, stretched)
+from miles_train.megatron.rope import Rope, read_rope
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +26,8 @@ class DenseConfig:
         vocab_size: rows of the embedding.
         norm_eps: epsilon of every RMSNorm.
         tied: whether the output head is the embedding.
-        attention_bias: whether q, k, v and the output projection have biases.
+        qkv_bias: whether the query, key and value projections have biases.
+        output_bias: whether attention's output projection has one.
         mlp_bias: whether gate, up and down have biases.
         qk_norm: whether each query and key head passes an RMSNorm of its own.
         max_positions: longest sequence in tokens.
@@ -89,7 +43,8 @@ class DenseConfig:
     vocab_size: int
     norm_eps: float
     tied: bool
-    attention_bias: bool
+    qkv_bias: bool
+    output_bias: bool
     mlp_bias: bool
     qk_norm: bool
     max_positions: int
@@ -97,27 +52,32 @@ class DenseConfig:
 
 
 def read_dense_config(
-    config: Mapping[str, Any], *, qk_norm: bool, mlp_bias: bool, head_dim: int | None = None
+    config: Mapping[str, Any],
+    *,
+    qkv_bias: bool = False,
+    output_bias: bool = False,
+    mlp_bias: bool = False,
+    qk_norm: bool = False,
+    partial: float | None = None,
 ) -> DenseConfig:
     """Take what counts from config.json.
 
     Args:
-        config: config.json, in the spelling of transformers 4 or 5.
-        qk_norm: see `DenseConfig`; a property of the architecture.
+        config: config.json, in the spelling of transformers 4 or 5, with the family's defaults for what it omits.
+        qkv_bias: see `DenseConfig`, as the next three: what they follow from depends on the architecture.
+        output_bias: as above.
         mlp_bias: as above.
-        head_dim: the architecture's default where the config names none; None means hidden_size / heads.
+        qk_norm: as above.
+        partial: the architecture's default share of rotated channels; None where attention rotates all (`read_rope`).
 
     Raises:
         InputError: a value whose arithmetic is not implemented, or sizes that do not divide.
         KeyError: a needed key is missing.
     """
-    _refuse(config, "hidden_act", config.get("hidden_act", "silu"), "silu")
-    _refuse(config, "quantization_config", config.get("quantization_config"), None)
-    _refuse(config, "use_sliding_window", config.get("use_sliding_window", False), False)
-    for kind in config.get("layer_types") or ():
-        _refuse(config, "layer_types", kind, "full_attention")
+    check_only(config, "hidden_act", "silu", "swish")
+    check_only(config, "quantization_config", None)
     heads = config["num_attention_heads"]
-    groups = config.get("num_key_value_heads") or heads
+    groups = config["num_key_value_heads"] or heads
     if heads % groups:
         raise InputError(
             "num_key_value_heads",
@@ -125,58 +85,64 @@ def read_dense_config(
             f"must divide num_attention_heads = {heads}",
             "Save the model's config again.",
         )
+    head_dim = config.get("head_dim") or config["hidden_size"] // heads
     return DenseConfig(
         hidden_size=config["hidden_size"],
         num_layers=config["num_hidden_layers"],
         num_heads=heads,
         num_groups=groups,
-        head_dim=config.get("head_dim") or head_dim or config["hidden_size"] // heads,
+        head_dim=head_dim,
         intermediate_size=config["intermediate_size"],
         vocab_size=config["vocab_size"],
-        norm_eps=config.get("rms_norm_eps", 1e-6),
-        tied=bool(config.get("tie_word_embeddings", False)),
-        attention_bias=bool(config.get("attention_bias", False)),
+        norm_eps=config["rms_norm_eps"],
+        tied=bool(config["tie_word_embeddings"]),
+        qkv_bias=qkv_bias,
+        output_bias=output_bias,
         mlp_bias=mlp_bias,
         qk_norm=qk_norm,
         max_positions=config["max_position_embeddings"],
-        rope=_read_rope(config),
+        rope=read_rope(config, head_dim, partial=partial),
     )
 
 
-def _read_rope(config: Mapping[str, Any]) -> Rope:
-    """Transformers 5 writes `rope_parameters`; 4 writes `rope_theta` beside `rope_scaling`, which may be null."""
-    values = {"rope_theta": config.get("rope_theta", 10000.0)}
-    values |= config.get("rope_scaling") or {}
-    values |= config.get("rope_parameters") or {}
-    kind = values.get("rope_type") or values.get("type") or "default"
-    if kind not in {"default", "linear", "llama3"}:
-        raise InputError(
-            "rope_type",
-            kind,
-            'must be "default", "linear" or "llama3"',
-            "Train a model with one of these rotary embeddings.",
-        )
-    _refuse(config, "partial_rotary_factor", values.get("partial_rotary_factor", 1.0), 1.0)
-    theta = float(values["rope_theta"])
-    if kind == "default":
-        return Rope(theta)
-    if kind == "linear":
-        return Rope(theta, kind, float(values["factor"]))
-    return Rope(
-        theta,
-        kind,
-        float(values["factor"]),
-        float(values["low_freq_factor"]),
-        float(values["high_freq_factor"]),
-        int(values["original_max_position_embeddings"]),
-    )
+def check_window(config: Mapping[str, Any]) -> None:
+    """Refuse layers that attend to a window only; the switches for it may stand where no layer obeys them.
 
-
-def _refuse(config: Mapping[str, Any], key: str, value: object, only: object) -> None:
-    if value != only:
+    Raises:
+        InputError: a layer's attention has a window.
+    """
+    kinds = config.get("layer_types")
+    if kinds is not None:
+        windowed = [number for number, kind in enumerate(kinds) if kind != "full_attention"]
+        setting, value = "layer_types", kinds
+    else:
+        first = config.get("max_window_layers", 0)
+        on = config.get("use_sliding_window", False) and config.get("sliding_window") is not None
+        windowed = list(range(first, config["num_hidden_layers"])) if on else []
+        setting, value = "use_sliding_window", config.get("use_sliding_window")
+    if windowed:
         raise InputError(
-            f"{key} of {config.get('architectures', ['the model'])[0]}",
+            f"{setting} of {_name(config)}",
             value,
-            f"only {only!r} is computed here",
+            f"only full attention is computed here, and {len(windowed)} layers are not to have it",
+            "Train a model without sliding windows.",
+        )
+
+
+def check_only(config: Mapping[str, Any], key: str, *allowed: object) -> None:
+    """Refuse a value whose arithmetic is not implemented; a missing key counts as the first of those allowed.
+
+    Raises:
+        InputError: the value is none of `allowed`.
+    """
+    if config.get(key, allowed[0]) not in allowed:
+        raise InputError(
+            f"{key} of {_name(config)}",
+            config[key],
+            f"only {' or '.join(map(repr, allowed))} is computed here",
             "Train a model without it.",
         )
+
+
+def _name(config: Mapping[str, Any]) -> str:
+    return (config.get("architectures") or ["the model"])[0]

@@ -6,6 +6,7 @@ The weight table and the layer spec of every family with experts start here.
 from dataclasses import dataclass
 
 from miles_core.errors import InputError
+from miles_train.megatron.dense_config import DenseConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,3 +73,23 @@ class MoEConfig:
                 f"{rule} ({self.num_experts} experts)",
                 "Use the config that the model was trained with.",
             )
+
+
+@dataclass(frozen=True, slots=True)
+class MoEDecoder:
+    """A decoder with grouped-query attention whose layers have experts, or a dense MLP.
+
+    Attributes:
+        dense: everything but the experts.
+        moe: the experts; None where no layer has any.
+        layers: which layers have them.
+    """
+
+    dense: DenseConfig
+    moe: MoEConfig | None
+    layers: tuple[int, ...]
+
+    @property
+    def dense_layers(self) -> tuple[int, ...]:
+        """The other layers."""
+        return tuple(layer for layer in range(self.dense.num_layers) if layer not in self.layers)

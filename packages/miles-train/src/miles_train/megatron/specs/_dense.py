@@ -1,8 +1,11 @@
 """Layers of the Llama line: grouped-query attention and a gated MLP."""
 
+from functools import partial
 from typing import Any
 
+from miles_core.errors import InputError
 from miles_train.megatron.dense_config import DenseConfig
+from miles_train.megatron.rope import Rope
 from miles_train.megatron.specs.backend import BackendSpecProvider
 from miles_train.megatron.specs.layers import decoder_layer
 from miles_train.megatron.specs.modules import with_bias
@@ -35,7 +38,7 @@ def dense_arguments(config: DenseConfig) -> dict[str, Any]:
         "normalization": "RMSNorm",
         "swiglu": True,
         "add_bias_linear": config.mlp_bias,
-        "add_qkv_bias": config.attention_bias,
+        "add_qkv_bias": config.qkv_bias,
         "qk_layernorm": config.qk_norm,
         "position_embedding_type": "rope",
         "untie_embeddings_and_output_weights": not config.tied,
@@ -55,16 +58,36 @@ def gqa_attention(config: DenseConfig, backend: BackendSpecProvider) -> ModuleSp
         module=SelfAttention,
         params={"attn_mask_type": AttnMaskType.causal},
         submodules=SelfAttentionSubmodules(
-            linear_qkv=with_bias(backend.column_parallel_linear(), config.attention_bias),
+            linear_qkv=with_bias(backend.column_parallel_linear(), config.qkv_bias),
             core_attention=backend.core_attention(),
-            linear_proj=with_bias(backend.row_parallel_linear(), config.attention_bias),
+            linear_proj=with_bias(backend.row_parallel_linear(), config.output_bias),
             q_layernorm=norm,
             k_layernorm=norm,
         ),
     )
 
 
-def set_rotary_frequencies(model: GPTModel, config: DenseConfig) -> None:
-    """Megatron's constructor only knows Llama 3.1's own scaling constants."""
-    inverse = config.rope.inverse_frequencies(config.head_dim)
-    model.rotary_pos_emb.inv_freq = inverse.to(model.rotary_pos_emb.inv_freq.device)
+def set_rope(model: GPTModel, rope: Rope) -> None:
+    """Give a built chunk its rotary embedding.
+
+    Megatron's constructors know Llama 3.1's own constants and one flavour of yarn. Here the frequencies are set from
+    outside, and the factor on cosine and sine where `Attention` keeps yarn's; a chunk without attention has neither.
+    """
+    embedding = model.rotary_pos_emb
+    embedding.inv_freq = rope.inverse_frequencies().to(embedding.inv_freq.device)
+    for module in model.modules():
+        if isinstance(module, SelfAttention):
+            assert hasattr(module, "_yarn_concentration_factor")
+            module._yarn_concentration_factor = rope.attention_factor
+    if rope.max_length is not None:
+        embedding.register_forward_pre_hook(partial(_check_length, rope.kind, rope.max_length))
+
+
+def _check_length(kind: str, longest: int, _: object, args: tuple[Any, ...]) -> None:
+    if args[0] > longest:
+        raise InputError(
+            "sequence length",
+            args[0],
+            f"must be at most {longest}: beyond it the rope_type {kind!r} of config.json changes with the length",
+            "Train on shorter sequences.",
+        )

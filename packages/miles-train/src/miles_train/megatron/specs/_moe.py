@@ -19,15 +19,42 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from miles_train.megatron.moe_config import MoEConfig
+from miles_train.megatron.moe_config import MoEConfig, MoEDecoder
+from miles_train.megatron.specs._dense import dense_arguments, gqa_attention
 from miles_train.megatron.specs.backend import BackendSpecProvider
-from miles_train.megatron.upstream import MoELayer, TopKRouter, TransformerConfig, get_moe_module_spec_for_backend
+from miles_train.megatron.specs.layers import decoder_layer
+from miles_train.megatron.upstream import (
+    ModuleSpec,
+    MoELayer,
+    TopKRouter,
+    TransformerConfig,
+    get_mlp_module_spec_for_backend,
+    get_moe_module_spec_for_backend,
+)
 
 _SCORES: Mapping[str, Callable[[Tensor], Tensor]] = {
     "softmax": lambda logits: logits.softmax(-1),
     "sigmoid": torch.sigmoid,
     "sqrtsoftplus": lambda logits: torch.nn.functional.softplus(logits).sqrt(),
 }
+
+
+def moe_decoder_arguments(config: MoEDecoder) -> dict[str, Any]:
+    """Megatron's arguments for a decoder with grouped-query attention and experts."""
+    return dense_arguments(config.dense) | (moe_arguments(config.moe) if config.moe else {})
+
+
+def moe_decoder_layers(
+    config: MoEDecoder, transformer: TransformerConfig, backend: BackendSpecProvider
+) -> list[ModuleSpec]:
+    """A spec for each layer of such a decoder."""
+    attention = gqa_attention(config.dense, backend)
+    dense = get_mlp_module_spec_for_backend(backend)
+    mlps = [dense] * config.dense.num_layers
+    if config.moe:
+        moe = moe_mlp(config.moe, transformer, backend)
+        mlps = [moe if layer in config.layers else dense for layer in range(config.dense.num_layers)]
+    return [decoder_layer(attention, mlp, backend) for mlp in mlps]
 
 
 def moe_arguments(config: MoEConfig) -> dict[str, Any]:

@@ -1,4 +1,7 @@
-"""The rows that dense decoders of the Llama line share: Llama, SmolLM2, Qwen3."""
+"""The rows that decoders with grouped-query attention share: the Llama line, and with experts Qwen3-MoE and GLM-4.5."""
+
+from collections.abc import Sequence
+from dataclasses import replace
 
 from miles_train.megatron.dense_config import DenseConfig
 from miles_train.megatron.weights.table import GroupedQKV, Row, Stacked, WeightTable
@@ -8,89 +11,99 @@ _MEGATRON = "decoder.layers.{layer}."
 
 
 def dense_table(config: DenseConfig) -> WeightTable:
-    """Rows of a decoder with grouped-query attention and a gated MLP."""
-    hidden, width, vocab = config.hidden_size, config.intermediate_size, config.vocab_size
-    heads, groups, dim = config.num_heads, config.num_groups, config.head_dim
-    fusion = GroupedQKV(heads, groups, dim)
-    qkv = tuple(_HF + f"self_attn.{part}_proj" for part in "qkv")
-    gate_up = tuple(_HF + f"mlp.{part}_proj" for part in ("gate", "up"))
-    sizes = (heads * dim, groups * dim, groups * dim)
+    """Rows of a decoder whose layers all have a gated MLP."""
+    mlp = gated_mlp_rows(
+        _HF + "mlp.", _MEGATRON + "mlp.", config.hidden_size, config.intermediate_size, bias=config.mlp_bias
+    )
+    return decoder_table(config, [*attention_rows(config), *mlp])
+
+
+def decoder_table(config: DenseConfig, layers: Sequence[Row], outside: tuple[str, ...] = ()) -> WeightTable:
+    """A table of embedding, norms and head around the rows of attention and MLP.
+
+    Args:
+        config: of the decoder.
+        layers: what each layer has beside its two norms.
+        outside: see `WeightTable`.
+    """
+    hidden, vocab = config.hidden_size, config.vocab_size
     embedding = "model.embed_tokens.weight"
-    rows = [
+    rows = (
         Row((embedding,), ((vocab, hidden),), "embedding.word_embeddings.weight", shard_dim=0, padded=True),
         Row(("model.norm.weight",), ((hidden,),), "decoder.final_layernorm.weight"),
         Row((_HF + "input_layernorm.weight",), ((hidden,),), _MEGATRON + "input_layernorm.weight"),
+        Row((_HF + "post_attention_layernorm.weight",), ((hidden,),), _MEGATRON + "pre_mlp_layernorm.weight"),
+        *layers,
+    )
+    if config.tied:
+        return WeightTable(rows, config.num_layers, {"lm_head.weight": embedding}, outside)
+    head = Row(("lm_head.weight",), ((vocab, hidden),), "output_layer.weight", shard_dim=0, padded=True)
+    return WeightTable((*rows, head), config.num_layers, outside=outside)
+
+
+def attention_rows(config: DenseConfig) -> list[Row]:
+    """Rows of grouped-query attention."""
+    hidden, heads, groups, dim = config.hidden_size, config.num_heads, config.num_groups, config.head_dim
+    fusion = GroupedQKV(heads, groups, dim)
+    qkv = tuple(_HF + f"self_attn.{part}_proj" for part in "qkv")
+    output = _HF + "self_attn.o_proj"
+    sizes = (heads * dim, groups * dim, groups * dim)
+    megatron = _MEGATRON + "self_attention."
+    rows = [
         Row(
             _suffixed(qkv, "weight"),
             tuple((size, hidden) for size in sizes),
-            _MEGATRON + "self_attention.linear_qkv.weight",
+            megatron + "linear_qkv.weight",
             fusion,
             shard_dim=0,
         ),
-        Row(
-            (_HF + "self_attn.o_proj.weight",),
-            ((hidden, heads * dim),),
-            _MEGATRON + "self_attention.linear_proj.weight",
-            shard_dim=1,
-        ),
-        Row(
-            (_HF + "post_attention_layernorm.weight",),
-            ((hidden,),),
-            _MEGATRON + "pre_mlp_layernorm.weight",
-        ),
-        Row(
-            _suffixed(gate_up, "weight"),
-            ((width, hidden),) * 2,
-            _MEGATRON + "mlp.linear_fc1.weight",
-            Stacked(2),
-            shard_dim=0,
-        ),
-        Row(
-            (_HF + "mlp.down_proj.weight",),
-            ((hidden, width),),
-            _MEGATRON + "mlp.linear_fc2.weight",
-            shard_dim=1,
-        ),
+        Row((output + ".weight",), ((hidden, heads * dim),), megatron + "linear_proj.weight", shard_dim=1),
     ]
+    if config.qkv_bias:
+        biases = tuple((size,) for size in sizes)
+        rows.append(Row(_suffixed(qkv, "bias"), biases, megatron + "linear_qkv.bias", fusion, shard_dim=0))
+    if config.output_bias:
+        rows.append(Row((output + ".bias",), ((hidden,),), megatron + "linear_proj.bias"))
     if config.qk_norm:
         rows += [
-            Row(
-                (_HF + f"self_attn.{part}_norm.weight",),
-                ((dim,),),
-                _MEGATRON + f"self_attention.{part}_layernorm.weight",
-            )
+            Row((_HF + f"self_attn.{part}_norm.weight",), ((dim,),), megatron + f"{part}_layernorm.weight")
             for part in "qk"
         ]
-    if config.attention_bias:
+    return rows
+
+
+def gated_mlp_rows(
+    hf: str,
+    megatron: str,
+    hidden: int,
+    width: int,
+    *,
+    bias: bool = False,
+    layers: tuple[int, ...] | None = None,
+    num_experts: int = 0,
+) -> list[Row]:
+    """Rows of a gated MLP: `gate_proj`, `up_proj` and `down_proj` after the prefix `hf`.
+
+    Args:
+        hf: prefix of Hugging Face's names.
+        megatron: prefix of Megatron's.
+        hidden: width of the residual stream.
+        width: of the MLP.
+        bias: whether all three have biases.
+        layers: which layers have it; None for all of them.
+        num_experts: how many experts a prefix with `{expert}` stands for.
+    """
+    gate_up, down = (hf + "gate_proj", hf + "up_proj"), hf + "down_proj"
+    rows = [
+        Row(_suffixed(gate_up, "weight"), ((width, hidden),) * 2, megatron + "linear_fc1.weight", Stacked(2), 0),
+        Row((down + ".weight",), ((hidden, width),), megatron + "linear_fc2.weight", shard_dim=1),
+    ]
+    if bias:
         rows += [
-            Row(
-                _suffixed(qkv, "bias"),
-                tuple((size,) for size in sizes),
-                _MEGATRON + "self_attention.linear_qkv.bias",
-                fusion,
-                shard_dim=0,
-            ),
-            Row(
-                (_HF + "self_attn.o_proj.bias",),
-                ((hidden,),),
-                _MEGATRON + "self_attention.linear_proj.bias",
-            ),
+            Row(_suffixed(gate_up, "bias"), ((width,),) * 2, megatron + "linear_fc1.bias", Stacked(2), 0),
+            Row((down + ".bias",), ((hidden,),), megatron + "linear_fc2.bias"),
         ]
-    if config.mlp_bias:
-        rows += [
-            Row(
-                _suffixed(gate_up, "bias"),
-                ((width,),) * 2,
-                _MEGATRON + "mlp.linear_fc1.bias",
-                Stacked(2),
-                shard_dim=0,
-            ),
-            Row((_HF + "mlp.down_proj.bias",), ((hidden,),), _MEGATRON + "mlp.linear_fc2.bias"),
-        ]
-    if config.tied:
-        return WeightTable(tuple(rows), config.num_layers, {"lm_head.weight": embedding})
-    head = Row(("lm_head.weight",), ((vocab, hidden),), "output_layer.weight", shard_dim=0, padded=True)
-    return WeightTable((*rows, head), config.num_layers)
+    return [replace(row, layers=layers, num_experts=num_experts) for row in rows]
 
 
 def _suffixed(names: tuple[str, ...], suffix: str) -> tuple[str, ...]:

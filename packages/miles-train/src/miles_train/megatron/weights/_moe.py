@@ -2,8 +2,9 @@
 
 from dataclasses import dataclass
 
-from miles_train.megatron.moe_config import MoEConfig
-from miles_train.megatron.weights.table import Row, Stacked
+from miles_train.megatron.moe_config import MoEConfig, MoEDecoder
+from miles_train.megatron.weights._dense import attention_rows, decoder_table, gated_mlp_rows
+from miles_train.megatron.weights.table import Row, Stacked, WeightTable
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +29,22 @@ class MoENames:
     shared: str = "shared_experts."
     shared_gate: str = "shared_expert_gate.weight"
     stacked: bool = False
+
+
+def moe_decoder_table(config: MoEDecoder, names: MoENames | None = None, outside: tuple[str, ...] = ()) -> WeightTable:
+    """Table of a decoder with grouped-query attention and experts.
+
+    Args:
+        config: of the decoder.
+        names: see `moe_rows`.
+        outside: see `WeightTable`.
+    """
+    dense, hf, megatron = config.dense, "model.layers.{layer}.mlp.", "decoder.layers.{layer}.mlp."
+    rows = attention_rows(dense)
+    rows += gated_mlp_rows(hf, megatron, dense.hidden_size, dense.intermediate_size, layers=config.dense_layers)
+    if config.moe:
+        rows += moe_rows(config.moe, dense.hidden_size, config.layers, names)
+    return decoder_table(dense, rows, outside)
 
 
 def moe_rows(
@@ -89,39 +106,5 @@ def _expert_rows(
             shard_dim=1,
             layers=layers,
             num_experts=config.num_experts,
-        ),
-    ]
-
-
-def gated_mlp_rows(
-    hf: str, megatron: str, hidden: int, width: int, *, layers: tuple[int, ...] | None = None, num_experts: int = 0
-) -> list[Row]:
-    """Rows of a gated MLP without biases: `gate_proj`, `up_proj` and `down_proj` after the prefix `hf`.
-
-    Args:
-        hf: prefix of Hugging Face's names.
-        megatron: prefix of Megatron's.
-        hidden: width of the residual stream.
-        width: of the MLP.
-        layers: which layers have it; None for all of them.
-        num_experts: how many experts a prefix with `{expert}` stands for.
-    """
-    return [
-        Row(
-            (hf + "gate_proj.weight", hf + "up_proj.weight"),
-            ((width, hidden),) * 2,
-            megatron + "linear_fc1.weight",
-            Stacked(2),
-            shard_dim=0,
-            layers=layers,
-            num_experts=num_experts,
-        ),
-        Row(
-            (hf + "down_proj.weight",),
-            ((hidden, width),),
-            megatron + "linear_fc2.weight",
-            shard_dim=1,
-            layers=layers,
-            num_experts=num_experts,
         ),
     ]
