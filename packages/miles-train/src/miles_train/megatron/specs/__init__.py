@@ -4,6 +4,9 @@ from collections.abc import Mapping
 
 from miles_train.megatron.specs import (
     deepseek,
+    deepseek_v4,
+    glm_moe_dsa,
+    deepseek_v32,
     glm4_moe,
     glm4_moe_lite,
     llama,
@@ -23,6 +26,8 @@ SPECS: Mapping[str, Spec] = {
     "Glm4MoeLiteForCausalLM": glm4_moe_lite.SPEC,
     "KimiK25ForConditionalGeneration": deepseek.SPEC,
     "Glm4MoeForCausalLM": glm4_moe.SPEC,
+    "DeepseekV32ForCausalLM": deepseek_v32.SPEC,
+    "GlmMoeDsaForCausalLM": glm_moe_dsa.SPEC,
     "LlamaForCausalLM": llama.SPEC,
     "Qwen2ForCausalLM": qwen2.SPEC,
     "Qwen3ForCausalLM": qwen3.SPEC,

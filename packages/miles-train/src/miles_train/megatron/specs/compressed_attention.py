@@ -99,7 +99,7 @@ class Compressor(nn.Module):
 class Indexer(nn.Module):
     """Chooses the compressed entries that each query keeps: the best by sum_h w_h relu(q_h . k).
 
-    A choice has no gradient, and neither have these parameters.
+    A choice has no gradient: these parameters are frozen, and leave as they came.
     """
 
     def __init__(self, config: TransformerConfig, v4: V4Config):
@@ -109,6 +109,7 @@ class Indexer(nn.Module):
         self.compressor = Compressor(config, v4.sparse_rate, v4.index_dim, overlaps=True)
         self.q_b_proj = _linear(config, v4.q_rank, v4.index_heads * v4.index_dim)
         self.weights_proj = _linear(config, config.hidden_size, v4.index_heads)
+        self.requires_grad_(False)  # or weight decay would move them
 
     @torch.no_grad()
     def forward(self, x: Tensor, q_residual: Tensor, is_closed: Tensor, rotary: Rotary) -> Tensor:
@@ -247,7 +248,7 @@ class CompressedAttention(MegatronModule):
 
 
 def _with_window_before(windows: Tensor, fill: float) -> Tensor:
-    """[B, E, rate, 2 D] to [B, E, 2 rate, D]: first halves of the window before (else `fill`), second ones of its own."""
+    """[B, E, rate, 2 D] to [B, E, 2 rate, D]: first halves of the window before (or `fill`), second of its own."""
     before, own = windows.chunk(2, dim=-1)
     before = nn.functional.pad(before, (0, 0, 0, 0, 1, 0), value=fill)[:, :-1]
     return torch.cat((before, own), 2)

@@ -32,7 +32,7 @@ class TokenIds:
 
 
 class HashRouter(Router):
-    """Sends a token where a fixed table says; its state only weighs the experts (Roller et al. 2021, arXiv:2106.04426)."""
+    """Sends a token where a fixed table says; its state only weighs them (Roller et al. 2021, arXiv:2106.04426)."""
 
     def __init__(self, config: TransformerConfig, *, routing: MoEConfig, vocab_size: int, **kwargs: Any):
         """Build it as Megatron builds routers.
@@ -46,7 +46,7 @@ class HashRouter(Router):
         super().__init__(config, routing=routing, **kwargs)
         self.register_buffer("tid2eid", torch.zeros(vocab_size, routing.top_k, dtype=torch.int64))
         del self.expert_bias
-        self.expert_bias = None  # pyright: ignore[reportAttributeAccessIssue]  # a table needs none
+        self.expert_bias = None  # a table needs none
         self.token_ids = TokenIds()
 
     def _choose(self, scores: Tensor) -> Tensor:
@@ -57,7 +57,8 @@ class HashRouter(Router):
             flat = flat.chunk(parallel_state.get_tensor_model_parallel_world_size())[
                 parallel_state.get_tensor_model_parallel_rank()
             ]
-        return self.tid2eid[flat]
+        table: Any = self.tid2eid
+        return table[flat]
 
 
 class HyperLayer(TransformerLayer):
@@ -90,12 +91,13 @@ class HyperLayer(TransformerLayer):
         streams = hidden_states.unflatten(-1, (-1, self.config.hidden_size))
         if self.layer_number == 1:
             streams = streams.expand(-1, -1, self.num_streams, -1)
-        x, post, comb = self.attn_hc(streams)
         packed = kwargs.get("packed_seq_params")
-        output, _bias = self.self_attention(self.input_layernorm(x), attention_mask=None, packed_seq_params=packed)
+        parts: Any = self  # Megatron annotates submodules by protocols that cannot be called
+        x, post, comb = self.attn_hc(streams)
+        output, _bias = parts.self_attention(parts.input_layernorm(x), attention_mask=None, packed_seq_params=packed)
         streams = expand(output, streams, post, comb)
         x, post, comb = self.ffn_hc(streams)
-        output, _bias = self.mlp(self.pre_mlp_layernorm(x))
+        output, _bias = parts.mlp(parts.pre_mlp_layernorm(x))
         streams = expand(output, streams, post, comb)
         return streams.flatten(2) if self.hc_head is None else self.hc_head(streams), None
 
@@ -141,12 +143,7 @@ def _check_layout(v4: V4Config, transformer: TransformerConfig) -> None:
     ranks, context = transformer.tensor_model_parallel_size, transformer.context_parallel_size
     for setting, value, holds, rule in (
         ("tensor_model_parallel_size", ranks, v4.num_groups % ranks == 0, f"must divide o_groups = {v4.num_groups}"),
-        (
-            "context_parallel_size",
-            transformer.context_parallel_size,
-            transformer.context_parallel_size == 1,
-            "must be 1",
-        ),
+        ("context_parallel_size", context, context == 1, "must be 1"),
         (
             "recompute_granularity",
             transformer.recompute_granularity,
