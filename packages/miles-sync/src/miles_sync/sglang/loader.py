@@ -3,8 +3,12 @@
 The engine calls `load(model, named_tensors)` from its scheduler's main loop, between batches. What a loader
 returns is discarded and what it raises ends the engine
 (`sglang/srt/model_executor/model_runner_components/weight_updater.py`), so `load` raises nothing and answers
-over the control channel, which a thread of its own keeps open to the sender. Weights move into staging on that
-thread, while the engine generates; only a commit, on the main loop, touches the model.
+over the control channel, which a thread of its own keeps open to the sender.
+
+Each tensor-parallel rank is a process with a main loop of its own, is told its own command, and connects to a port of
+its own: rank 0 to the first, and so on. In staged mode weights move into staging on the rank's thread while the engine
+generates, and a commit, on the main loop, writes them. In place, they are written as they arrive: generation must be
+paused from before the first bucket until the commit.
 """
 
 from __future__ import annotations
@@ -13,17 +17,20 @@ import importlib.metadata
 import importlib.util
 import logging
 import os
+import sys
 import threading
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
 from miles_sync.channel import Deadline, dial
 from miles_sync.errors import MismatchError, SyncError
+from miles_sync.manifest import Manifest
 from miles_sync.messages import Commit, Prepare
-from miles_sync.receivers import fingerprint, listed
-from miles_sync.rehearsal import rehearse
+from miles_sync.plan import BoundPlan, bind
+from miles_sync.receivers import Mode, Piece, fingerprint
+from miles_sync.rehearsal import record
 from miles_sync.sglang.command import Attend, Order, opened
 from miles_sync.sglang.target import TESTED_VERSION, TOKEN_VARIABLE
 from miles_sync.staging import MAX_DEADLINE_S, Staging
@@ -79,11 +86,23 @@ def _attend(staging: Staging, attend: Attend) -> None:
 
 
 class SGLangReceiver:
-    """The live weights of an engine's model, changed by the model's own `load_weights`."""
+    """The live weights of one rank of an engine, changed by a copy plan recorded from the model's own loader.
+
+    Attributes:
+        device: Of the weights.
+        exact: False: the engine's parameters are fused, sliced and padded.
+        rank: This process among the engine's tensor-parallel ranks.
+        ranks: How many there are.
+    """
+
+    exact = False
 
     def __init__(self, model: torch.nn.Module) -> None:
         """Receive into `model`, without keeping it alive."""
         self._ref = weakref.ref(model)
+        self._bound: BoundPlan | None = None
+        self.device = next(model.parameters()).device
+        self.rank, self.ranks = _tensor_parallel()
 
     @property
     def _model(self) -> torch.nn.Module:
@@ -92,30 +111,39 @@ class SGLangReceiver:
             raise MismatchError("the engine has dropped its model", stage="begin")
         return model
 
-    def check(self, staged: Mapping[str, torch.Tensor]) -> None:
-        """Rehearse `load_weights` without writing; raise `MismatchError` unless it would write every weight.
+    def check(self, manifest: Manifest) -> None:
+        """Record the plan, writing nothing; raise `MismatchError` unless it writes every weight.
 
-        Must run where `load` runs.
+        Must run on the main loop.
         """
         self._check_engine()
-        rehearsal = rehearse(self._model, staged)
-        if rehearsal.ignored or rehearsal.unwritten:
-            faults = [
-                f"{what}: {listed(names)}"
-                for what, names in (
-                    ("the model takes no such tensor", rehearsal.ignored),
-                    ("no tensor writes (all of) the parameter", rehearsal.unwritten),
-                )
-                if names
-            ]
-            raise MismatchError("; ".join(faults), stage="begin")
+        plan = record(self._model, manifest, sliced=self.ranks > 1)
+        if plan.through_loader:
+            reasons = sorted(plan.through_loader.items())
+            _log.info("miles-sync: %d tensors go through the model's own loader, as %s", len(reasons), reasons[0])
+        self._bound = bind(plan, manifest, self._model)
 
-    def load(self, staged: Mapping[str, torch.Tensor]) -> None:
-        """Write the staged tensors through the model's own loader."""
-        self._model.load_weights(list(staged.items()))  # type: ignore[operator]
+    def begin(self, manifest: Manifest, mode: Mode) -> None:
+        """Get ready for the pieces of a manifest that was checked."""
+        if self._bound is None or self._bound.plan.layout != manifest.layout_id():
+            raise MismatchError("this layout was not checked", stage="begin")
+        self._bound.begin()
 
-    def fingerprint(self) -> str:
-        """Digest of the live parameters, as the engine lays them out (fused, padded)."""
+    def install(self, pieces: Sequence[Piece]) -> None:
+        """Write pieces where the plan says."""
+        assert self._bound is not None
+        self._bound.install(pieces)
+
+    def commit(self, version: int) -> None:
+        """Have the model derive what it derives from its weights. Must run on the main loop."""
+        assert self._bound is not None
+        self._bound.finish()
+
+    def abandon(self) -> None:
+        """Nothing to undo: the next transaction writes every weight."""
+
+    def fingerprint(self) -> Callable[[], str]:
+        """Digest of the live parameters, as the engine lays them out."""
         return fingerprint({n: p.detach() for n, p in self._model.named_parameters()})
 
     def _check_engine(self) -> None:
@@ -134,3 +162,14 @@ class SGLangReceiver:
         # serve garbage without an error.
         if any(getattr(m, "use_intel_amx_backend", False) for m in self._model.modules()):
             raise MismatchError("the engine packed its weights for AMX: they cannot be loaded over", stage="begin")
+
+
+def _tensor_parallel() -> tuple[int, int]:
+    """This process' tensor-parallel rank, and how many ranks there are."""
+    if "sglang.srt.distributed.parallel_state" not in sys.modules:
+        return 0, 1  # no engine runs in this process
+    from sglang.srt.distributed import parallel_state  # noqa: PLC0415 - see above: 15 s where no engine runs
+
+    if not parallel_state.model_parallel_is_initialized():
+        return 0, 1
+    return parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_tensor_model_parallel_world_size()
