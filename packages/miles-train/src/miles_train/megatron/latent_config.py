@@ -107,7 +107,7 @@ def read_latent_config(
     sparse_layers: tuple[int, ...],
     indexer: IndexerConfig | None = None,
     interleaved: bool = True,
-    num_idle_experts: int = 0,
+    num_stored_experts: int | None = None,
     prefix: str = "",
 ) -> LatentConfig:
     """Take what counts from config.json.
@@ -117,8 +117,8 @@ def read_latent_config(
         sparse_layers: see `LatentConfig`, as are the next ones.
         indexer: as above.
         interleaved: as above.
-        num_idle_experts: as above.
-        prefix: as above.
+        num_stored_experts: experts of a layer; None for those that the router knows.
+        prefix: see `LatentConfig`.
 
     Raises:
         InputError: a value whose arithmetic is not implemented, or that cannot be.
@@ -150,9 +150,14 @@ def read_latent_config(
         max_positions=values["max_position_embeddings"],
         indexer=indexer,
         num_extra_layers=values.get("num_nextn_predict_layers") or 0,
-        num_idle_experts=num_idle_experts,
+        num_idle_experts=_idle_experts(values, num_stored_experts),
         prefix=prefix,
     )
+
+
+def with_defaults(defaults: Mapping[str, Any], config: Mapping[str, Any], **aliases: str) -> dict[str, Any]:
+    """config.json over an architecture's defaults; transformers reads the key of an alias as the key it names."""
+    return {**defaults, **config, **{name: config[alias] for alias, name in aliases.items() if alias in config}}
 
 
 def layers_by_type(values: Mapping[str, Any], first_dense: int) -> tuple[int, ...]:
@@ -167,6 +172,23 @@ def layers_by_type(values: Mapping[str, Any], first_dense: int) -> tuple[int, ..
         return tuple(range(min(first_dense, count), count))
     types = check_layer_types("mlp_layer_types", types, count, ("dense", "sparse"))
     return tuple(layer for layer, kind in enumerate(types) if kind == "sparse")
+
+
+def read_indexer(values: Mapping[str, Any], full_layers: tuple[int, ...]) -> IndexerConfig:
+    """Take the indexer from config.json.
+
+    Raises:
+        InputError: the first layer has no indexer, queries have no latent vector to index by, or the indexer's heads
+            are smaller than their rotary part.
+    """
+    if 0 not in full_layers:
+        raise InputError("indexer_types", full_layers, "the first layer must be full", "Correct config.json.")
+    if values["q_lora_rank"] is None:
+        raise InputError("q_lora_rank", None, "the indexer needs the queries' latent vector", "Correct config.json.")
+    head_dim, rotary = values["index_head_dim"], values["qk_rope_head_dim"]
+    if head_dim < rotary:
+        raise InputError("index_head_dim", head_dim, f"must be at least qk_rope_head_dim = {rotary}", "Correct it.")
+    return IndexerConfig(values["index_n_heads"], head_dim, values["index_topk"], full_layers)
 
 
 def check_layer_types(key: str, types: Any, count: int, known: tuple[str, ...]) -> list[str]:
@@ -198,6 +220,15 @@ def _check(values: Mapping[str, Any]) -> None:
         found = values.get(key)
         if found is not None and found != value:
             raise InputError(key, found, f"only {value!r} is computed for latent attention", "Train a model without.")
+
+
+def _idle_experts(values: Mapping[str, Any], stored: int | None) -> int:
+    routed = values["n_routed_experts"]
+    if stored is None:
+        return 0
+    if stored < routed:
+        raise InputError("num_experts", stored, f"must be at least n_routed_experts = {routed}", "Correct config.json.")
+    return stored - routed
 
 
 def _temperature(rope: Rope, values: Mapping[str, Any]) -> tuple[float, float]:

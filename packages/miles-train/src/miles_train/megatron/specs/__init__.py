@@ -5,10 +5,10 @@ from collections.abc import Mapping
 from miles_train.megatron.specs import (
     deepseek,
     deepseek_v4,
-    glm_moe_dsa,
     deepseek_v32,
     glm4_moe,
     glm4_moe_lite,
+    glm_moe_dsa,
     llama,
     qwen2,
     qwen3,

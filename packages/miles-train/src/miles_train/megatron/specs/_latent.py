@@ -2,18 +2,21 @@
 
 from typing import Any
 
-from miles_train.megatron.latent_config import LATENT_NORM_EPS, LatentConfig
+from miles_core.errors import InputError
+from miles_train.megatron.latent_config import LATENT_NORM_EPS, IndexerConfig, LatentConfig
 from miles_train.megatron.specs._moe import moe_arguments, moe_mlp
 from miles_train.megatron.specs.backend import BackendSpecProvider
 from miles_train.megatron.specs.latent_attention import LatentAttention, Rotation
 from miles_train.megatron.specs.layers import decoder_layer
 from miles_train.megatron.specs.modules import with_bias
+from miles_train.megatron.specs.sparse_attention import Choice, SparseAttention
 from miles_train.megatron.upstream import (
     AttnMaskType,
     MLASelfAttentionSubmodules,
     ModuleSpec,
     TransformerConfig,
     get_mlp_module_spec_for_backend,
+    get_transformer_layer_offset,
 )
 
 
@@ -55,11 +58,59 @@ def latent_layers(
     """A spec for each layer."""
     dense = get_mlp_module_spec_for_backend(backend)
     sparse = moe_mlp(config.moe, transformer, backend) if config.sparse_layers else None
-    attention = latent_attention(config, backend, backend.core_attention())
+    if config.indexer is None:
+        cores = [backend.core_attention()] * config.num_layers
+    else:
+        _check_shared_choices(config.indexer, transformer)
+        cores = _sparse_cores(config, config.indexer)
     return [
-        decoder_layer(attention, sparse if layer in config.sparse_layers else dense, backend)
+        decoder_layer(
+            latent_attention(config, backend, core), sparse if layer in config.sparse_layers else dense, backend
+        )
+        for layer, core in enumerate(cores)
+    ]
+
+
+def _sparse_cores(config: LatentConfig, indexer: IndexerConfig) -> list[ModuleSpec]:
+    """Core attention of each layer; layers that share a choice share the object that keeps it."""
+    choices = {layer: Choice() for layer in indexer.full_layers}
+    common = {"indexer": indexer, "rotation": Rotation(config.rope, interleaved=False)}
+    return [
+        ModuleSpec(
+            module=SparseAttention,
+            params={**common, "choice": choices[indexer.source(layer)], "is_full": layer in choices},
+        )
         for layer in range(config.num_layers)
     ]
+
+
+def _check_shared_choices(indexer: IndexerConfig, transformer: TransformerConfig) -> None:
+    """Refuse layouts in which a layer could not see what an earlier layer chose.
+
+    Raises:
+        InputError: context parallelism; a pipeline chunk that starts with a layer without an indexer; or recomputation
+            in a pipeline, where other micro-batches come between a layer and its recomputation.
+    """
+    if transformer.context_parallel_size > 1:
+        raise _layout_error("context_parallel_size", transformer.context_parallel_size, "an indexer sees all keys")
+    if len(indexer.full_layers) == transformer.num_layers or transformer.pipeline_model_parallel_size == 1:
+        return
+    if transformer.recompute_granularity is not None:
+        rule = "layers that share an indexer's choice cannot be recomputed in a pipeline"
+        raise _layout_error("recompute_granularity", transformer.recompute_granularity, rule)
+    chunks = transformer.virtual_pipeline_model_parallel_size
+    for stage in range(transformer.pipeline_model_parallel_size):
+        for chunk in [None] if chunks is None else range(chunks):
+            first = get_transformer_layer_offset(transformer, vp_stage=chunk, pp_rank=stage)
+            if first not in indexer.full_layers:
+                rule = (
+                    f"a stage would start with layer {first}, which uses the indexer of layer {indexer.source(first)}"
+                )
+                raise _layout_error("pipeline_model_parallel_size", transformer.pipeline_model_parallel_size, rule)
+
+
+def _layout_error(key: str, value: object, rule: str) -> InputError:
+    return InputError(f"train.megatron.{key}", value, rule, "Choose another layout.")
 
 
 def latent_attention(config: LatentConfig, backend: BackendSpecProvider, core_attention: Any) -> ModuleSpec:

@@ -43,25 +43,24 @@ class Rotation:
         return (angles.cos() * scale).to(dtype), (angles.sin() * scale).to(dtype)
 
     def turn(self, channels: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
-        """Rotate [T, ..., dim] by angles of T positions."""
-        return turn(channels, angles, interleaved=self.interleaved)
+        """Rotate the pairs of [T, ..., dim] by the cosine and sine of T positions."""
+        cos, sin = (part.view(len(part), *[1] * (channels.dim() - 2), -1) for part in angles)
+        first, second = (channels[..., 0::2], channels[..., 1::2]) if self.interleaved else channels.chunk(2, dim=-1)
+        return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 
 
-def turn(channels: Tensor, angles: tuple[Tensor, Tensor], *, interleaved: bool) -> Tensor:
-    """Rotate the pairs of [T, ..., dim] by cosine and sine [T, dim / 2]; see `Rotation`."""
-    cos, sin = (part.view(len(part), *[1] * (channels.dim() - 2), -1) for part in angles)
-    first, second = (channels[..., 0::2], channels[..., 1::2]) if interleaved else channels.chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
-
-
-def positions_of(length: int, packed_seq_params: Any, device: torch.device) -> Tensor:
-    """Positions of tokens in their sequences, int64 [length]: one sequence, or several behind each other."""
-    positions = torch.arange(length, device=device)
+def sequence_starts(length: int, packed_seq_params: Any, device: torch.device) -> Tensor:
+    """Where sequences start, and `length` behind the last: one sequence, or several packed behind each other."""
     if packed_seq_params is None:
-        return positions
-    ends = packed_seq_params.cu_seqlens_q_padded
-    ends = packed_seq_params.cu_seqlens_q if ends is None else ends
-    return positions - torch.repeat_interleave(ends[:-1], ends.diff(), output_size=length)
+        return torch.tensor([0, length], device=device)
+    padded = packed_seq_params.cu_seqlens_q_padded
+    return packed_seq_params.cu_seqlens_q if padded is None else padded
+
+
+def _positions(length: int, packed_seq_params: Any, device: torch.device) -> Tensor:
+    """Positions of tokens in their sequences, int64 [length]."""
+    starts = sequence_starts(length, packed_seq_params, device)
+    return torch.arange(length, device=device) - starts[:-1].repeat_interleave(starts.diff(), output_size=length)
 
 
 class ReplicatedLinear(torch.nn.Linear):
@@ -176,7 +175,7 @@ class LatentAttention(MultiLatentAttention):
     ) -> tuple[Tensor, Tensor, Tensor]:
         heads = self.num_attention_heads_per_partition
         content = self.config.qk_head_dim
-        angles = self.rotation.angles(positions_of(len(query), packed_seq_params, query.device), query.dtype)
+        angles = self.rotation.angles(_positions(len(query), packed_seq_params, query.device), query.dtype)
         query_content, query_rotary = query.unflatten(-1, (heads, -1)).tensor_split([content], dim=-1)
         key_content, value = key_value.unflatten(-1, (heads, -1)).tensor_split([content], dim=-1)
         key_rotary = self.rotation.turn(key_rotary.unsqueeze(-2), angles).expand(-1, -1, heads, -1)

@@ -46,9 +46,7 @@ def layer_rows(config: LatentConfig, hf: str, megatron: str) -> list[Row]:
         *_attention_rows(config, hf + "self_attn.", megatron + "self_attention."),
         *_indexer_rows(config, hf + "self_attn.indexer.", megatron + "self_attention.core_attention.indexer."),
         Row((hf + "post_attention_layernorm.weight",), ((hidden,),), megatron + "pre_mlp_layernorm.weight"),
-        *gated_mlp_rows(
-            hf + "mlp.", megatron + "mlp.", hidden, config.intermediate_size, layers=config.dense_layers
-        ),
+        *gated_mlp_rows(hf + "mlp.", megatron + "mlp.", hidden, config.intermediate_size, layers=config.dense_layers),
         *moe_rows(config.moe, hidden, config.sparse_layers, names, megatron + "mlp."),
     ]
 
@@ -98,19 +96,19 @@ def _indexer_rows(config: LatentConfig, hf: str, megatron: str) -> list[Row]:
         "k_norm.bias": (dim,),
         "weights_proj.weight": (indexer.num_heads, hidden),
     }
-    return [
-        Row((hf + name,), (shape,), megatron + name, layers=indexer.full_layers) for name, shape in shapes.items()
-    ]
+    return [Row((hf + name,), (shape,), megatron + name, layers=indexer.full_layers) for name, shape in shapes.items()]
 
 
 def _outside(config: LatentConfig, stored: Collection[str]) -> tuple[str, ...]:
     layers = config.prefix + "model.layers."
     extra = range(config.num_layers, config.num_layers + config.num_extra_layers)
     experts = range(config.moe.num_experts, config.moe.num_experts + config.num_idle_experts)
+    sharing = () if config.indexer is None else set(range(config.num_layers)) - set(config.indexer.full_layers)
     beside = {name.partition(".")[0] for name in stored if not name.startswith(config.prefix)}
     return (
         *(f"{layers}{layer}.*" for layer in extra),
         *(f"{layers}*.mlp.experts.{expert}.*" for expert in experts),
+        *(f"{layers}{layer}.self_attn.indexer.*" for layer in sorted(sharing)),
         # Kept by old exports; the frequencies come from config.json.
         f"{layers}*.self_attn.rotary_emb.inv_freq",
         *(f"{name}.*" for name in sorted(beside)),

@@ -7,7 +7,7 @@ passes through export unchanged.
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from miles_train.megatron.latent_config import LatentConfig, layers_by_type, read_latent_config
+from miles_train.megatron.latent_config import LatentConfig, layers_by_type, read_latent_config, with_defaults
 from miles_train.megatron.weights._latent import latent_table
 from miles_train.megatron.weights.table import WeightTable
 
@@ -40,7 +40,7 @@ DEFAULTS: Mapping[str, Any] = {
 def read_config(config: Mapping[str, Any]) -> LatentConfig:
     """What config.json says."""
     text = config.get("text_config")
-    values = {**DEFAULTS, **(config if text is None else text)}
+    values = with_defaults(DEFAULTS, config if text is None else text, num_local_experts="n_routed_experts")
     dense = values["first_k_dense_replace"]
     return read_latent_config(
         values,

@@ -4,7 +4,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from miles_core.errors import InputError
-from miles_train.megatron.latent_config import LatentConfig, layers_by_type, read_latent_config
+from miles_train.megatron.latent_config import LatentConfig, layers_by_type, read_latent_config, with_defaults
 from miles_train.megatron.weights._latent import latent_table
 from miles_train.megatron.weights.table import WeightTable
 
@@ -39,7 +39,7 @@ def read_config(config: Mapping[str, Any]) -> LatentConfig:
     Raises:
         InputError: see `read_latent_config`; or `head_dim`, another name of `qk_rope_head_dim` here, contradicts it.
     """
-    values = {**DEFAULTS, **config}
+    values = with_defaults(DEFAULTS, config, num_local_experts="n_routed_experts")
     rotary = values["qk_rope_head_dim"]
     if values.get("head_dim", rotary) != rotary:
         raise InputError("head_dim", values["head_dim"], f"must be qk_rope_head_dim = {rotary}", "Leave it out.")
