@@ -10,6 +10,8 @@ from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
+from megatron.core.extensions.transformer_engine import HAVE_TE as HAVE_TRANSFORMER_ENGINE
+from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.backends import BackendSpecProvider, LocalSpecProvider
 from megatron.core.models.gpt import gpt_model
@@ -20,6 +22,7 @@ from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import ChainedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.ssm.gated_delta_net import GatedDeltaNet as StockGatedDeltaNet
 from megatron.core.ssm.gated_delta_net import GatedDeltaNetSubmodules
@@ -61,6 +64,7 @@ from megatron.training.training import get_megatron_ddp_config, get_megatron_opt
 MEGATRON_VERSION = version("megatron-core")
 
 __all__ = [
+    "HAVE_TRANSFORMER_ENGINE",
     "MEGATRON_VERSION",
     "AttnMaskType",
     "BackendSpecProvider",
@@ -81,11 +85,13 @@ __all__ = [
     "ModuleSpec",
     "MultiLatentAttention",
     "OptimizerParamScheduler",
+    "PackedSeqParams",
     "RowParallelLinear",
     "SelfAttention",
     "SelfAttentionSubmodules",
     "ShardedObject",
     "StockGatedDeltaNet",
+    "TESpecProvider",
     "TopKRouter",
     "TransformerBlockSubmodules",
     "TransformerConfig",

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from miles_train.megatron.specs.backend import BackendSpecProvider, LocalBackend
+from miles_train.megatron.specs.backend import BackendSpecProvider, backend_of, settle
 from miles_train.megatron.upstream import (
     GPTModel,
     ModuleSpec,
@@ -65,7 +65,7 @@ def build_chunks(spec: Spec, config: Config, args: argparse.Namespace) -> list[G
         args: Megatron's arguments, among them those of `spec.arguments`.
     """
     transformer = core_transformer_config_from_args(args)
-    backend = LocalBackend()
+    backend = backend_of(args.transformer_impl)
     layers = spec.layers(config, transformer, backend)
     mtp = spec.mtp(config, transformer, backend)
     num_chunks = args.virtual_pipeline_model_parallel_size
@@ -105,6 +105,7 @@ def _build_chunk(
         vp_stage=stage,
     )
     spec.finish(model, config)
+    settle(model, transformer)
     return model
 
 
