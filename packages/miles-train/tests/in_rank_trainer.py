@@ -51,7 +51,7 @@ def train_all_on_rank_0(address, path):
     metrics = trainer.step([batch_of().take(range(12) if address[0] == 0 else [])])
     weights = {name: tensor.numpy().copy() for name, tensor in trainer.weights()}
     trainer.close()
-    return {name: value for name, value in metrics.items() if name != "gap_rank"}, weights
+    return {name: value for name, value in metrics.items() if name != "gap_shard"}, weights
 
 
 def check_resume(address, path, folder):
@@ -78,14 +78,14 @@ def train_in_pieces(address, path):
 def train_in_chunks(address, path):
     """A step with an entropy bonus, with all logits at once and three rows at a time."""
     results = []
-    whole = logprobs.MAX_CHUNK_BYTES
+    whole = logprobs.MAX_LOGITS_BYTES
     for size in (whole, 4 * VOCAB * 3):
-        logprobs.MAX_CHUNK_BYTES = size
+        logprobs.MAX_LOGITS_BYTES = size
         trainer = make_trainer(address, path, loss=PPOClip(entropy_coef=0.01))
         metrics = trainer.step([batch_of()])
         results.append((metrics, {name: tensor.numpy().copy() for name, tensor in trainer.weights()}))
         trainer.close()
-    logprobs.MAX_CHUNK_BYTES = whole
+    logprobs.MAX_LOGITS_BYTES = whole
     return results
 
 

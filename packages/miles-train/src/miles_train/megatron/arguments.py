@@ -4,38 +4,45 @@ import argparse
 import contextlib
 import io
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from miles_core.errors import InputError
 from miles_train.megatron._environment import quietly
-from miles_train.megatron.settings import SECTION, TESTED_VERSION, check_settings
+from miles_train.megatron.layout import Layout
+from miles_train.megatron.settings import SECTION, TESTED_VERSION, known_arguments
 from miles_train.megatron.upstream import add_megatron_arguments, validate_args
 
 
 def parse_arguments(
-    megatron: Mapping[str, Any], model: Mapping[str, Any], *, rank: int, world_size: int, seed: int, on_gpu: bool
+    megatron: Mapping[str, Any], model: Mapping[str, Any], *, rank: int, layout: Layout, seed: int, on_gpu: bool
 ) -> argparse.Namespace:
     """Make Megatron's argument namespace.
 
     Args:
-        megatron: `[train.megatron]`.
+        megatron: `[train.megatron]`, checked by `check_settings`.
         model: arguments derived from the model directory.
         rank: this process.
-        world_size: all of them.
+        layout: that of all ranks (`check_layout`).
         seed: of Megatron's random states.
-        on_gpu: whether the model lives on a GPU.
+        on_gpu: whether the model lives on a GPU; without one the CPU shim must be installed.
 
     Raises:
-        InputError: `check_settings` refuses a key or value, Megatron's parser refuses a value, or its rules refuse the
+        InputError: a key is derived from this model, Megatron's parser refuses a value, or its rules refuse the
             combination.
     """
-    check_settings(megatron)
+    _refuse_derived(megatron, model)
     parser = _parser()
     args = parser.parse_args(_command_line(parser, megatron))
-    vars(args).update(_defaults(megatron), **model, **_owned(world_size, seed, on_gpu))
-    args.rank, args.world_size = rank, world_size
+    vars(args).update(_defaults(megatron, layout), **model, **_owned(layout, seed, on_gpu))
+    args.rank, args.world_size = rank, layout.world_size
+    # Nothing reads it but a rule that it divides; sequences are padded to what divides (see `logprobs`).
+    args.seq_length -= args.seq_length % (2 * layout.context)
+    if on_gpu and layout.tensor * layout.context > 1:
+        # Kernels then start in the order they were launched in, which overlaps communication with what follows.
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     try:
         with contextlib.redirect_stdout(io.StringIO()), quietly():  # it prints all 800 arguments
             validate_args(args)
@@ -43,7 +50,18 @@ def parse_arguments(
         raise InputError(
             SECTION, dict(megatron), f"Megatron refuses the combination: {error}", "Change the keys it names."
         ) from None
+    # Stages tell each other the shape of every tensor they pass on: micro-batches differ in it.
+    args.variable_seq_lengths = layout.pipeline > 1
     return args
+
+
+def _refuse_derived(megatron: Mapping[str, Any], model: Mapping[str, Any]) -> None:
+    """`settings.DERIVED` lists what the families here derive; one from elsewhere may derive more."""
+    for key, value in megatron.items():
+        if known_arguments()[key].dest in model:
+            raise InputError(
+                f"{SECTION}.{key}", value, "it is derived from config.json of the model directory", "Remove the key."
+            )
 
 
 def describe_parser() -> list[dict[str, Any]]:
@@ -99,17 +117,24 @@ def _command_line(parser: argparse.ArgumentParser, megatron: Mapping[str, Any]) 
     return line
 
 
-def _defaults(megatron: Mapping[str, Any]) -> dict[str, Any]:
+def _defaults(megatron: Mapping[str, Any], layout: Layout) -> dict[str, Any]:
     """Where this trainer's default is not Megatron's.
 
-    Megatron's schedule decays over the run by default, whose length a trainer does not know; and it pads the vocabulary
-    to a multiple of 128 for its GPU kernels, eight times the work for a vocabulary of 16.
+    Megatron's schedule decays over the run by default, whose length a trainer does not know; it pads the vocabulary to
+    a multiple of 128 for its GPU kernels, eight times the work for a vocabulary of 16; it leaves activations between
+    tensor-parallel layers whole, which costs memory and which mixtures of experts cannot do; and it sends every token
+    to all experts' ranks, which takes micro-batches of one shape.
     """
-    ours = {"lr_decay_style": "constant", "make_vocab_size_divisible_by": 1}
+    ours = {
+        "lr_decay_style": "constant",
+        "make_vocab_size_divisible_by": 1,
+        "sequence_parallel": layout.tensor > 1,
+        "moe_token_dispatcher_type": "alltoall",
+    }
     return {key: value for key, value in ours.items() if key not in megatron}
 
 
-def _owned(world_size: int, seed: int, on_gpu: bool) -> dict[str, Any]:
+def _owned(layout: Layout, seed: int, on_gpu: bool) -> dict[str, Any]:
     """What the trainer decides; the reasons stand in `settings.OWNED`."""
     off = (
         "bias_dropout_fusion bias_gelu_fusion bias_swiglu_fusion masked_softmax_fusion apply_rope_fusion "
@@ -125,7 +150,7 @@ def _owned(world_size: int, seed: int, on_gpu: bool) -> dict[str, Any]:
         "seed": seed,
         "transformer_impl": "local",
         "use_cpu_initialization": not on_gpu,
-        "use_distributed_optimizer": world_size > 1,
+        "use_distributed_optimizer": layout.num_shards * layout.context > 1,
         "distributed_backend": "nccl" if on_gpu else "gloo",
         # Where all ranks' optimizer state can be loaded by another number of ranks (see resume_fixes).
         "dist_ckpt_optim_fully_reshardable": True,

@@ -7,8 +7,9 @@ of it for model conversion (https://github.com/NVIDIA/Megatron-LM/pull/6270). Th
 torch's own CPU twins, in two parts:
 
 - `install` rebinds the attributes listed in `rebindings`, once, for the life of the process: a trainer's and no other.
-- `active` is a context to call Megatron in. Within it, tensors asked for on "cuda" come on the CPU, and
-  `Tensor.type()` says "torch.cuda.FloatTensor": an assertion of Megatron's gradient clipping compares that name.
+- `active` is a context to call Megatron in. Within it, tensors asked for on "cuda" or in pinned memory come in the
+  CPU's own, and `Tensor.type()` says "torch.cuda.FloatTensor": an assertion of Megatron's gradient clipping compares
+  that name.
   `paused` lifts both while somebody else's code (a loss, a hook) runs inside.
 
 The names hold for one version, so every other version is refused.
@@ -24,7 +25,12 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from miles_train.megatron.settings import TESTED_VERSION
-from miles_train.megatron.upstream import MEGATRON_VERSION, tensor_parallel_random
+from miles_train.megatron.upstream import (
+    MEGATRON_VERSION,
+    tensor_parallel_random,
+    token_dispatcher,
+    training_arguments,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,13 +38,13 @@ class Rebinding:
     """One attribute that the shim replaces.
 
     Attributes:
-        owner: the module whose attribute it is.
+        owner: the module or class whose attribute it is.
         name: the attribute.
         value: what it becomes.
         why: who asks for it.
     """
 
-    owner: ModuleType
+    owner: ModuleType | type
     name: str
     value: Any
     why: str
@@ -46,7 +52,7 @@ class Rebinding:
 
 def rebindings() -> tuple[Rebinding, ...]:
     """Everything that `install` replaces, and why."""
-    cuda, cpu = torch.cuda, torch.cpu
+    cuda, cpu, dispatcher = torch.cuda, torch.cpu, token_dispatcher.MoEAlltoAllTokenDispatcher
     return (
         Rebinding(cuda, "current_device", cpu.current_device, "devices of buffers, rotary embedding, optimizer state"),
         Rebinding(cuda, "synchronize", cpu.synchronize, "the checkpoint writer, after staging tensors"),
@@ -56,6 +62,11 @@ def rebindings() -> tuple[Rebinding, ...]:
         Rebinding(cuda, "manual_seed", torch.manual_seed, "seeding that tracker"),
         Rebinding(tensor_parallel_random, "_get_cuda_rng_state", _get_rng_state, "forking that tracker"),
         Rebinding(tensor_parallel_random, "_set_cuda_rng_state", _set_rng_state, "forking that tracker"),
+        Rebinding(
+            training_arguments, "get_device_arch_version", _blackwell, "a rule on the launch queues of older GPUs"
+        ),
+        Rebinding(dispatcher, "cuda_dtoh_stream", _NO_STREAM, "made where there is none; used by the next alone"),
+        Rebinding(dispatcher, "_maybe_dtoh_and_synchronize", _to_host, "counts of tokens before an all-to-all"),
     )
 
 
@@ -65,6 +76,23 @@ def _get_rng_state(*_: Any, **__: Any) -> torch.Tensor:
 
 def _set_rng_state(new_state: torch.Tensor, *_: Any, **__: Any) -> None:
     torch.set_rng_state(new_state)
+
+
+_NO_STREAM = object()
+
+
+def _blackwell() -> int:
+    return 10
+
+
+def _to_host(self: Any, point: str, tokens_per_expert: torch.Tensor | None = None) -> torch.Tensor | None:
+    """Give the counts the type that they have behind a copy to the host; they are there already."""
+    if point == self.cuda_dtoh_point:
+        for name in ("input_splits", "output_splits", "output_splits_tp"):
+            counts = getattr(self, name)
+            if isinstance(counts, torch.Tensor):
+                setattr(self, name, counts.numpy())
+    return tokens_per_expert
 
 
 def install() -> None:
@@ -94,6 +122,8 @@ class _CudaMeansCpu(TorchFunctionMode):
         if not self.paused:
             if kwargs and "device" in kwargs and _is_cuda(kwargs["device"]):
                 kwargs = {**kwargs, "device": "cpu"}
+            elif kwargs and kwargs.get("pin_memory"):
+                kwargs = {**kwargs, "pin_memory": False}
             elif func is torch.Tensor.cuda:
                 return args[0]
             elif func is torch.Tensor.type and len(args) == 1 and not kwargs:

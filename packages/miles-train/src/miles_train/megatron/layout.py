@@ -120,7 +120,7 @@ def check_layout(megatron: Mapping[str, Any], world_size: int, config: Mapping[s
                 raise InputError(
                     f"{SECTION}.{key}", size, f"must divide {name} = {extent} of the model", "Choose a size that does."
                 )
-    _check_stages(megatron, layout, model["num_hidden_layers"] if "num_hidden_layers" in model else None)
+    _check_stages(megatron, layout, model.get("num_hidden_layers"))
     _check_experts(megatron, layout, has_experts=any(model.get(name) for name in _EXPERTS))
     return layout
 
@@ -189,4 +189,5 @@ def _check_experts(megatron: Mapping[str, Any], layout: Layout, *, has_experts: 
         return
     for key in ("expert_model_parallel_size", "expert_tensor_parallel_size"):
         if megatron.get(key, 1) != 1:
-            raise InputError(f"{SECTION}.{key}", megatron[key], "must be 1: the model has no experts", "Remove the key.")
+            rule = "must be 1: the model has no experts"
+            raise InputError(f"{SECTION}.{key}", megatron[key], rule, "Remove the key.")

@@ -1,16 +1,35 @@
-"""Log probabilities of tokens from hidden states, without holding all logits at once."""
+"""Log probabilities of tokens from hidden states, without holding all logits at once, on all ranks of a layout.
+
+What each kind of parallelism brings to the last stage, and what is done about it:
+
+- sequence: a rank's hidden states are of part of the sequence. They are gathered, then the wanted tokens selected.
+- tensor: a rank's logits are of part of the vocabulary. `head` reduces maximum, sum and the target's logit over the
+  group: every rank has the same logprobs (Shoeybi et al. 2019, arXiv:1909.08053, section 3). The gradient of the
+  hidden states, which each rank has a part of, is summed once for all chunks of logits.
+- context: a rank's hidden states are of some chunks of the sequence. Each rank computes the logprobs of its own tokens
+  and they are put in place by a sum over the group, so that a loss sees whole samples. All ranks of the group then
+  compute the same loss; the gradient of that sum is therefore the identity, each rank keeping what is its own.
+- pipeline: a stage that is not the last returns hidden states for the next one.
+"""
 
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from torch import Tensor, distributed
 
+from miles_train.megatron import zigzag
+from miles_train.megatron.head import HeadOptions, head_logprobs
+from miles_train.megatron.upstream import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+    parallel_state,
+)
 from miles_train.microbatches import MicroBatch
 
-# Logits of one chunk in float32 stay below this: small beside a layer's activations, large enough for a full GEMM.
-MAX_CHUNK_BYTES = 256 * 2**20
+# More logits than this are made in chunks, and again for the backward pass: small beside a layer's activations, large
+# enough for a full GEMM.
+MAX_LOGITS_BYTES = 256 * 2**20
 
 
 def token_logprobs(
@@ -21,53 +40,101 @@ def token_logprobs(
     temperature: float,
     entropy_grad: bool,
     device: torch.device,
-) -> tuple[Tensor, Tensor]:
-    """Run the model over a micro-batch.
+) -> Any:
+    """Run one chunk of the model over a micro-batch.
 
     Args:
-        model: a `GPTModel`, wrapped or not; tensor parallel size 1.
-        micro: the tokens.
+        model: a `GPTModel`, wrapped or not.
+        micro: the tokens; the same on all ranks of a copy of the model.
         vocab_size: real rows of the embedding; padding rows take no part.
         temperature: logits are divided by it, as the sampling engine does.
         entropy_grad: whether the entropy needs a gradient.
         device: of the model.
 
     Returns:
-        For each selected token of the micro-batch its log probability with gradient, and the entropy in nats of the
-        distribution it was drawn from; float32 [M] each.
+        From the last chunk of the last stage, for each selected token of the micro-batch its log probability with
+        gradient, and the entropy in nats of the distribution it was drawn from; float32 [M] each. From other chunks
+        the hidden states.
     """
-    tokens = torch.from_numpy(micro.tokens).to(device)
+    tokens = _padded(torch.from_numpy(micro.tokens).to(device))
     rows, positions, targets = (
         torch.from_numpy(index).to(device) for index in (micro.rows, micro.positions, micro.targets)
     )
+    mine, places = _own_tokens(tokens.shape[1], positions)
+    group = parallel_state.get_tensor_model_parallel_group()
+    options = HeadOptions(
+        vocab_size,
+        temperature,
+        entropy_grad,
+        group if group.size() > 1 else None,
+        max_kept_bytes=MAX_LOGITS_BYTES,
+        chunk_bytes=MAX_LOGITS_BYTES,
+    )
 
-    def head(hidden_states: Tensor, output_layer: Any, output_weight: Tensor | None, **_: Any) -> Any:
-        selected = hidden_states[positions, rows]  # [S, B, H] -> [M, H]
+    def head(hidden_states: Tensor, output_layer: Any, output_weight: Tensor | None, **_: Any) -> tuple[Tensor, Tensor]:
+        selected = _whole(hidden_states, output_layer)[places, rows[mine]]  # [S, B, H] -> [M, H]
+        weight = output_layer.weight if output_weight is None else output_weight
+        return _over_context_ranks(head_logprobs(selected, weight, targets[mine], options), mine, len(targets))
 
-        def chunk_logprobs(hidden: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-            logits, _ = output_layer(hidden.unsqueeze(1), weight=output_weight)
-            return _from_logits(logits[:, 0, :vocab_size], target, temperature, entropy_grad)
-
-        size = max(1, MAX_CHUNK_BYTES // (4 * vocab_size))
-        if len(targets) <= size:
-            return chunk_logprobs(selected, targets)
-        # Logits of a chunk are computed again in the backward pass instead of being kept.
-        chunks = [
-            checkpoint(chunk_logprobs, *part, use_reentrant=False, preserve_rng_state=False)
-            for part in zip(selected.split(size), targets.split(size), strict=True)
-        ]
-        return tuple(torch.cat(column) for column in zip(*chunks, strict=True))
-
+    tokens = tokens[:, _positions_here(tokens.shape[1], device)]
     return model(tokens, torch.zeros_like(tokens), None, output_processor=head)
 
 
-def _from_logits(logits: Tensor, targets: Tensor, temperature: float, entropy_grad: bool) -> tuple[Tensor, Tensor]:
-    """Logprob of each target and entropy of each row, float32 [M], from logits [M, vocab]."""
-    logits = logits.float()
-    if temperature != 1.0:
-        logits = logits / temperature
-    normaliser = logits.logsumexp(-1)
-    logprobs = logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1) - normaliser
-    with torch.set_grad_enabled(entropy_grad and torch.is_grad_enabled()):
-        entropy = normaliser - (logits.softmax(-1) * logits).sum(-1)
+def _padded(tokens: Tensor) -> Tensor:
+    """[B, S] with S what ranks can share: tensor-parallel ones the tokens that each context-parallel one holds."""
+    tensor = parallel_state.get_tensor_model_parallel_world_size()
+    context = parallel_state.get_context_parallel_world_size()
+    multiple = tensor * context if context == 1 else 2 * tensor * context
+    return torch.nn.functional.pad(tokens, (0, -tokens.shape[1] % multiple))
+
+
+def _positions_here(length: int, device: torch.device) -> Any:
+    """Which positions of the sequence this context-parallel rank holds."""
+    size = parallel_state.get_context_parallel_world_size()
+    if size == 1:
+        return slice(None)
+    return zigzag.positions(length, parallel_state.get_context_parallel_rank(), size, device)
+
+
+def _own_tokens(length: int, positions: Tensor) -> tuple[Any, Tensor]:
+    """Which of the selected tokens this rank predicts, and where among its own positions they lie."""
+    if parallel_state.get_context_parallel_world_size() == 1:
+        return slice(None), positions
+    places = torch.full((length,), -1, device=positions.device)
+    here = _positions_here(length, positions.device)
+    places[here] = torch.arange(len(here), device=positions.device)
+    places = places[positions]
+    mine = (places >= 0).nonzero()[:, 0]
+    return mine, places[mine]
+
+
+def _whole(hidden: Tensor, output_layer: Any) -> Tensor:
+    """Hidden states of all tokens of the context-parallel rank, whose gradient is summed over tensor-parallel ranks."""
+    group = parallel_state.get_tensor_model_parallel_group()
+    if output_layer.sequence_parallel:
+        return gather_from_sequence_parallel_region(hidden, group=group)
+    return copy_to_tensor_model_parallel_region(hidden, group=group)
+
+
+def _over_context_ranks(columns: tuple[Tensor, Tensor], mine: Any, count: int) -> tuple[Tensor, Tensor]:
+    """Of each column [mine] the whole [count]: what every rank of the context-parallel group computed, in place."""
+    group = parallel_state.get_context_parallel_group()
+    if group.size() == 1:
+        return columns
+    both = torch.stack(columns)
+    logprobs, entropy = _Sum.apply(both.new_zeros(2, count).index_copy(1, mine, both), group)
     return logprobs, entropy
+
+
+class _Sum(torch.autograd.Function):
+    """A sum over ranks that all go on to compute the same: its gradient is the identity."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, group: Any) -> Tensor:
+        values = values.clone()
+        distributed.all_reduce(values, group=group)
+        return values
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0], None

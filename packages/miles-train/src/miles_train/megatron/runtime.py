@@ -73,15 +73,22 @@ def start(args: argparse.Namespace, address: Address, *, deterministic: bool) ->
         parallel_state.initialize_model_parallel(
             args.tensor_model_parallel_size,
             args.pipeline_model_parallel_size,
+            args.virtual_pipeline_model_parallel_size,
+            context_parallel_size=args.context_parallel_size,
+            expert_model_parallel_size=args.expert_model_parallel_size,
+            expert_tensor_parallel_size=args.expert_tensor_parallel_size,
             distributed_timeout_minutes=args.distributed_timeout_minutes,
             create_gloo_process_groups=False,
         )
     torch.use_deterministic_algorithms(deterministic)
-    random.seed(args.seed)
-    np.random.seed(args.seed)
-    torch.manual_seed(args.seed)
+    # As megatron/training/initialize.py, `_set_random_seed`: stages differ, and what differs within one Megatron's
+    # tracker keeps apart.
+    seed = args.seed + 100 * parallel_state.get_pipeline_model_parallel_rank()
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
     with cpu_shim.active():
-        model_parallel_cuda_manual_seed(args.seed)
+        model_parallel_cuda_manual_seed(seed)
 
 
 @contextmanager

@@ -33,9 +33,22 @@ DERIVED = _names(
     vocab_size padded_vocab_size pad_vocab_size layernorm_epsilon normalization swiglu add_bias_linear add_qkv_bias
     qk_layernorm position_embedding_type use_rotary_position_embeddings add_position_embedding rotary_base
     rotary_percent rotary_interleaved use_rope_scaling rope_scaling_factor rotary_seq_len_interpolation_factor
-    rope_type untie_embeddings_and_output_weights
+    rope_type untie_embeddings_and_output_weights rotary_scaling_factor mscale mscale_all_dim
+    num_experts moe_layer_freq moe_ffn_hidden_size moe_router_topk moe_router_num_groups moe_router_group_topk
+    moe_router_pre_softmax moe_router_topk_scaling_factor moe_router_score_function moe_router_dtype
+    moe_router_enable_expert_bias moe_shared_expert_intermediate_size moe_shared_expert_gate moe_latent_size
+    multi_latent_attention q_lora_rank kv_lora_rank qk_head_dim qk_pos_emb_head_dim v_head_dim
+    mtp_num_layers mtp_use_repeated_layer
+    attention_output_gate layernorm_zero_centered_gamma qk_l2_norm softmax_type window_size window_attn_skip_freq
+    experimental_attention_variant linear_attention_freq linear_conv_kernel_dim linear_key_head_dim
+    linear_value_head_dim linear_num_key_heads linear_num_value_heads
+    dsa_indexer_n_heads dsa_indexer_head_dim dsa_indexer_topk dsa_indexer_topk_freq dsa_indexer_skip_topk_offset
+    dsa_indexer_rope_interleaved dsa_indexer_rotate_activation dsa_indexer_scoring_relu dsa_indexer_k_norm_epsilon
+    dsa_indexer_k_norm_fp32
     """
 )
+
+_NO_BALANCING = "the recipe's loss is the only one: a loss that balances experts would pull the policy elsewhere"
 
 OWNED: Mapping[str, str] = {
     "attention_dropout": "dropout is off: the trainer's logprobs must be those of the engine",
@@ -50,14 +63,19 @@ OWNED: Mapping[str, str] = {
     "gradient_accumulation_fusion": "fusions that need a compiler or a GPU extension are off",
     "hidden_dropout": "dropout is off: the trainer's logprobs must be those of the engine",
     "masked_softmax_fusion": "fusions that need a compiler or a GPU extension are off",
+    "moe_aux_loss_coeff": _NO_BALANCING,
+    "moe_router_load_balancing_type": _NO_BALANCING,
+    "moe_router_bias_update_rate": "the bias of the router is a weight of the model directory that no step changes",
+    "moe_z_loss_coeff": _NO_BALANCING,
     "micro_batch_size": "micro-batches are cut by tokens: set the trainer's `micro_batch_tokens`",
     "no_persist_layer_norm": "the trainer brings its own RMSNorm",
     "optimizer": "AdamW is the only one whose state is checkpointed here",
+    "overlap_p2p_comm": "it follows from the pipeline: virtual stages need it, others forbid it",
     "perform_initialization": "all weights come from the model directory",
     "seed": "it is the trainer's own parameter `seed`",
     "transformer_impl": "it follows from the model's layer spec",
     "use_cpu_initialization": "it follows from the device",
-    "use_distributed_optimizer": "it follows from the number of data-parallel ranks: from two on",
+    "use_distributed_optimizer": "it follows from the layout: wherever several ranks hold the same weights",
 }
 
 READ = _names(
@@ -67,16 +85,11 @@ READ = _names(
     decoupled_min_lr adam_beta1 adam_beta2 adam_eps clip_grad bf16 accumulate_allreduce_grads_in_fp32
     grad_reduce_in_bf16 fp32_residual_connection recompute_granularity recompute_method recompute_num_layers
     recompute_modules recompute_activations distributed_timeout_minutes make_vocab_size_divisible_by
-    tensor_model_parallel_size pipeline_model_parallel_size context_parallel_size expert_model_parallel_size
+    tensor_model_parallel_size sequence_parallel pipeline_model_parallel_size num_layers_per_virtual_pipeline_stage
+    num_virtual_stages_per_pipeline_rank decoder_first_pipeline_num_layers decoder_last_pipeline_num_layers
+    pipeline_model_parallel_layout context_parallel_size expert_model_parallel_size expert_tensor_parallel_size
+    moe_token_dispatcher_type moe_grouped_gemm
     """
-)
-
-# Read, but only 1 is implemented.
-_ONE_RANK = (
-    "tensor_model_parallel_size",
-    "pipeline_model_parallel_size",
-    "context_parallel_size",
-    "expert_model_parallel_size",
 )
 
 
@@ -122,12 +135,11 @@ def known_arguments() -> Mapping[str, Argument]:
 
 
 def check_settings(megatron: Mapping[str, Any]) -> None:
-    """Check the keys and values of `[train.megatron]`.
+    """Check the keys and values of `[train.megatron]`; `layout.check_layout` holds them against ranks and model.
 
     Raises:
         InputError: an unknown key (naming the nearest), one that is derived, decided by the trainer or never read, one
-            set twice under two spellings, a value of the wrong type, a layout that is not implemented, or a key that
-            another setting switches off.
+            set twice under two spellings, a value of the wrong type, or a key that another setting switches off.
     """
     seen: dict[str, str] = {}
     for key, value in megatron.items():
@@ -169,8 +181,8 @@ def _check_settable(key: str, value: Any, argument: Argument) -> None:
         rule, way_out = OWNED[dest], "Remove the key."
     elif dest not in READ:
         rule, way_out = "nothing reads it in this trainer, so it would have no effect", "Remove the key."
-    elif dest in _ONE_RANK and value != 1:
-        rule, way_out = "only 1 is implemented: ranks are data-parallel", "Remove the key or set it to 1."
+    elif dest == "moe_token_dispatcher_type" and value == "allgather":
+        rule, way_out = "needs micro-batches of one shape on all ranks, which these are not", 'Set "alltoall".'
     else:
         return
     raise InputError(f"{SECTION}.{key}", value, rule, way_out)
@@ -223,6 +235,11 @@ def _check_together(values: Mapping[str, Any]) -> None:
     if not values.get("bf16"):
         for key in ("accumulate_allreduce_grads_in_fp32", "grad_reduce_in_bf16", "fp32_residual_connection"):
             _inert(values, key, "the model is in float32", "Set bf16 = true.")
+    if values.get("sequence_parallel") and values.get("tensor_model_parallel_size", 1) == 1:
+        _inert(values, "sequence_parallel", "tensor_model_parallel_size = 1", "Set tensor_model_parallel_size.")
+    if "num_virtual_stages_per_pipeline_rank" in values:
+        key = "num_layers_per_virtual_pipeline_stage"
+        _inert(values, key, "num_virtual_stages_per_pipeline_rank says the same", "Set one of the two.")
     if "decoupled_lr" not in values:
         _inert(values, "decoupled_min_lr", "there is no decoupled_lr", "Set decoupled_lr.")
 

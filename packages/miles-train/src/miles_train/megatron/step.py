@@ -4,8 +4,10 @@ old logprobs (a forward pass, only if there are several updates)
 for each minibatch: zero gradients ▸ Megatron's schedule over micro-batches ▸ finite? ▸ schedule of lr ▸ optimizer
 """
 
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,6 +24,7 @@ from miles_train.megatron.upstream import (
     MegatronOptimizer,
     OptimizerParamScheduler,
     get_forward_backward_func,
+    parallel_state,
 )
 from miles_train.microbatches import MicroBatch, cut
 
@@ -30,9 +33,12 @@ from miles_train.microbatches import MicroBatch, cut
 class Learner:
     """What a step works with.
 
+    The loss is computed on the last pipeline stage, by every tensor- and context-parallel rank there on the same
+    logprobs. Of these equal losses one is counted: that of the first of them.
+
     Attributes:
-        model: Megatron's model in its gradient buffers.
-        optimizer: over it.
+        chunks: this rank's pipeline chunks in their gradient buffers, one unless the pipeline is virtual.
+        optimizer: over them.
         scheduler: of the optimizer's learning rate and weight decay.
         loss: per-token loss.
         vocab_size: without padding.
@@ -41,7 +47,7 @@ class Learner:
         device: of the model.
     """
 
-    model: DistributedDataParallel
+    chunks: Sequence[DistributedDataParallel]
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler
     loss: Loss
@@ -58,19 +64,19 @@ class Learner:
             all_tokens: compute all but the first token of each sample instead of those in loss_mask alone.
 
         Returns:
-            float32 [T], on the model's device; 0 where not computed.
+            float32 [T], on the model's device, on every stage; 0 where not computed.
         """
         column = torch.zeros(len(batch.tokens), device=self.device)
-        micros = list(cut(batch, self.micro_batch_tokens, all_tokens=all_tokens)) if len(batch.lengths) else []
+        micros = self._cut(batch, all_tokens=all_tokens)
 
-        def forward(micro: MicroBatch, model: Any) -> tuple[Tensor, Callable[..., Any]]:
-            logprobs, _ = self._token_logprobs(model, micro)
-            return logprobs, lambda output, non_loss_data: output
+        def forward(micro: MicroBatch, chunk: Any) -> tuple[Any, Callable[..., Any]]:
+            return self._token_logprobs(chunk, micro), lambda output, non_loss_data: output[0]
 
         results = self._run(forward, micros, forward_only=True) if micros else []
-        for micro, logprobs in zip(micros, results, strict=True):
-            column[torch.from_numpy(micro.columns[micro.selected]).to(self.device)] = logprobs
-        return column
+        if _is_last_stage():
+            for micro, logprobs in zip(micros, results, strict=True):
+                column[torch.from_numpy(micro.columns[micro.selected]).to(self.device)] = logprobs
+        return _from_last_stage(column)
 
     def step(self, minibatches: Sequence[Batch]) -> dict[str, float]:
         """Update once per minibatch.
@@ -101,31 +107,32 @@ class Learner:
         before = torch.zeros(len(batch.tokens), device=self.device) if old is None else old
         is_empty = not len(batch.lengths)
         if is_empty:
-            # Every rank runs the loss, also on an empty shard: its metrics' names must be known everywhere.
+            # Every shard runs the loss, also on an empty shard: its metrics' names must be known everywhere.
             batch, old = _placeholder(batch), None
         columns = _Columns.of(batch, self.device)
         loss_sum = torch.zeros((), device=self.device, dtype=torch.float64)
 
-        def forward(micro: MicroBatch, model: Any) -> tuple[Any, Callable[..., Any]]:
-            output = self._token_logprobs(model, micro)
+        def micro_loss(micro: MicroBatch, output: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+            num_tokens = torch.zeros((), dtype=torch.int, device=self.device)  # unused: the weights normalise
+            if not len(micro.columns):
+                return output[0].sum(), num_tokens, {}  # a filler: 0
+            inputs, weights = columns.inputs(micro, *output, old, self.loss.needs_entropy)
+            with runtime.others_code():
+                per_token, metrics = self.loss(inputs)
+            if old is None and not is_empty:
+                before[columns.flat(micro)] = inputs.logprobs.detach()
+            total = (weights * per_token)[inputs.loss_mask].sum()
+            loss_sum.add_(total.detach())
+            sums.add_tokens({**metrics, "entropy": columns.scatter(micro, output[1])}, inputs.loss_mask)
+            return total, num_tokens, {}
 
-            def loss(output: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-                inputs, weights = columns.inputs(micro, *output, old, self.loss.needs_entropy)
-                with runtime.others_code():
-                    per_token, metrics = self.loss(inputs)
-                if old is None and not is_empty:
-                    before[columns.flat(micro)] = inputs.logprobs.detach()
-                total = (weights * per_token)[inputs.loss_mask].sum()
-                loss_sum.add_(total.detach())
-                sums.add_tokens({**metrics, "entropy": columns.scatter(micro, output[1])}, inputs.loss_mask)
-                num_tokens = torch.zeros((), dtype=torch.int, device=self.device)  # unused: the weights normalise
-                return total, num_tokens, {}
+        def forward(micro: MicroBatch, chunk: Any) -> tuple[Any, Callable[..., Any]]:
+            return self._token_logprobs(chunk, micro), partial(micro_loss, micro)
 
-            return output, loss
-
-        self.model.zero_grad_buffer()
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        self._run(forward, list(cut(batch, self.micro_batch_tokens)), forward_only=False)
+        self._run(forward, self._cut(batch), forward_only=False)
         loss = self._check_finite(loss_sum)
         self.scheduler.step(1)  # before the update, so that the first one of a warm-up is not done with lr = 0
         with cpu_shim.active():
@@ -133,9 +140,27 @@ class Learner:
         sums.add_update(loss, float(outcome[1]), self._learning_rate())
         return before
 
-    def _token_logprobs(self, model: Any, micro: MicroBatch) -> tuple[Tensor, Tensor]:
+    def _cut(self, batch: Batch, *, all_tokens: bool = False) -> list[MicroBatch]:
+        """Micro-batches of the batch, and fillers where ranks or stages need another number of them."""
+        micros = list(cut(batch, self.micro_batch_tokens, all_tokens=all_tokens)) if len(batch.lengths) else []
+        return micros + [_filler()] * (self._num_micro_batches(len(micros)) - len(micros))
+
+    def _num_micro_batches(self, count: int) -> int:
+        config: Any = self.chunks[0].config
+        if config.num_moe_experts and parallel_state.get_data_parallel_world_size() > 1:
+            # Ranks that bring different samples may hold experts for each other: each must take part every time.
+            most = torch.tensor(count, device=self.device)
+            distributed.all_reduce(most, op=distributed.ReduceOp.MAX)
+            count = int(most)
+        if len(self.chunks) > 1:
+            # Interleaved stages take micro-batches in groups of as many as there are stages.
+            stages = parallel_state.get_pipeline_model_parallel_world_size()
+            count = -(-count // stages) * stages
+        return count
+
+    def _token_logprobs(self, chunk: Any, micro: MicroBatch) -> Any:
         return token_logprobs(
-            model,
+            chunk,
             micro,
             vocab_size=self.vocab_size,
             temperature=self.temperature,
@@ -150,28 +175,34 @@ class Learner:
         *,
         forward_only: bool,
     ) -> list[Any]:
-        """Megatron's schedule over the micro-batches."""
+        """Megatron's schedule over the micro-batches.
 
-        def forward_step(iterator: Iterator[MicroBatch], model: Any) -> tuple[Any, Callable[..., Any]]:
-            return forward(next(iterator), model)
+        `forward` is called for each of them with each chunk of the rank; the function that it returns, on the last
+        stage alone. Without gradient, what that returned comes back, in the order of the micro-batches.
+        """
+
+        def forward_step(iterator: Iterator[MicroBatch], chunk: Any) -> tuple[Any, Callable[..., Any]]:
+            return forward(next(iterator), chunk)
 
         with cpu_shim.active(), torch.set_grad_enabled(not forward_only):
             return get_forward_backward_func()(
                 forward_step_func=forward_step,
-                data_iterator=iter(micros),
-                model=[self.model],
+                data_iterator=[iter(micros) for _ in self.chunks],
+                model=list(self.chunks),
                 num_microbatches=len(micros),
-                seq_length=max(micro.tokens.shape[1] for micro in micros),
+                seq_length=1,  # not read: stages tell each other the shapes (`arguments`, variable_seq_lengths)
                 micro_batch_size=1,
                 forward_only=forward_only,
                 collect_non_loss_data=forward_only,
             )
 
     def _check_finite(self, loss_sum: Tensor) -> float:
-        """The loss summed over ranks; raises on all of them if it or any gradient is not finite."""
-        buffers: Any = self.model.buffers  # Megatron's, not torch's method of that name
-        gradients = torch.stack([buffer.grad_data.norm() for buffer in buffers]).sum()
-        both = torch.stack([loss_sum, gradients.double()])
+        """The loss summed over shards; raises on all ranks if it or any gradient is not finite."""
+        gradients = [
+            buffer.grad_data.norm() for chunk in self.chunks for buffer in (*_buffers(chunk), *_expert_buffers(chunk))
+        ]
+        norm = torch.stack(gradients).sum().double() if gradients else loss_sum.new_zeros(())
+        both = torch.stack([loss_sum if _counts() else loss_sum.new_zeros(()), norm])
         distributed.all_reduce(both)
         loss, norm = both.tolist()
         for name, value in (("loss", loss), ("gradient", norm)):
@@ -231,7 +262,10 @@ class _Columns:
 
 @dataclass(slots=True, eq=False)
 class _Sums:
-    """Sums over tokens and updates, reduced over ranks once, at the end of the step."""
+    """Sums over tokens and updates, reduced over shards once, at the end of the step.
+
+    On stages before the last there is nothing to sum: they are told the outcome.
+    """
 
     device: torch.device
     tokens: dict[str, Tensor] = field(default_factory=dict)
@@ -272,11 +306,14 @@ class _Sums:
         are means over trained tokens at the update that trained them; `logprob_gap` = mean |d| and `k3_kl` =
         mean(exp(d) - d - 1) over trained tokens, with d = log p_trainer - log p_rollout before the update (before the
         first one, if there are several). `gap_max` is the largest |d|, found at token `gap_position` of sample
-        `gap_sample` in the shard of rank `gap_rank`, counting samples over its minibatches.
+        `gap_sample` in shard `gap_shard`, counting samples over its minibatches.
         """
+        return _told_by_last_stage(self._reduce_over_shards() if _is_last_stage() else {}, self.device)
+
+    def _reduce_over_shards(self) -> dict[str, float]:
         names = sorted(self.tokens)
         totals = torch.stack([self.tokens[name] for name in names]).to(self.device)
-        distributed.all_reduce(totals)
+        distributed.all_reduce(totals, group=parallel_state.get_data_parallel_group())
         sums = dict(zip(names, totals.tolist(), strict=True))
         count = max(sums.pop(""), 1.0)
         losses, norms, rates = zip(*self.updates, strict=True)
@@ -290,14 +327,14 @@ class _Sums:
 
     def _largest_gap(self) -> dict[str, float]:
         mine = torch.tensor(self.largest, dtype=torch.float64, device=self.device)
-        everyone = [torch.empty_like(mine) for _ in range(distributed.get_world_size())]
-        distributed.all_gather(everyone, mine)
-        ranked = torch.stack(everyone).cpu()
-        rank = int(ranked[:, 0].nan_to_num(nan=float("inf")).argmax())
-        value, sample, position = ranked[rank].tolist()
+        everyone = [torch.empty_like(mine) for _ in range(parallel_state.get_data_parallel_world_size())]
+        distributed.all_gather(everyone, mine, group=parallel_state.get_data_parallel_group())
+        by_shard = torch.stack(everyone).cpu()
+        shard = int(by_shard[:, 0].nan_to_num(nan=float("inf")).argmax())
+        value, sample, position = by_shard[shard].tolist()
         return {
             "gap_max": max(value, 0.0) if value == value else value,
-            "gap_rank": float(rank),
+            "gap_shard": float(shard),
             "gap_sample": sample,
             "gap_position": position,
         }
@@ -313,3 +350,48 @@ def _placeholder(batch: Batch) -> Batch:
         "loss_weights": np.zeros(2, np.float32),
     }
     return replace(batch, lengths=np.array([2], np.int32), **two)
+
+
+def _filler() -> MicroBatch:
+    """A micro-batch of no sample: two tokens, none of them wanted."""
+    nothing = np.zeros(0, np.int64)
+    return MicroBatch(np.zeros((1, 2), np.int64), *[nothing] * 7)
+
+
+def _buffers(chunk: Any) -> list[Any]:
+    return chunk.buffers  # Megatron's, not torch's method of that name
+
+
+def _expert_buffers(chunk: Any) -> list[Any]:
+    return chunk.expert_parallel_buffers
+
+
+def _is_last_stage() -> bool:
+    return parallel_state.is_pipeline_last_stage()
+
+
+def _counts() -> bool:
+    """Whether this rank stands for its shard: of the ranks that compute its loss the first."""
+    return (
+        _is_last_stage()
+        and parallel_state.get_tensor_model_parallel_rank() == 0
+        and parallel_state.get_context_parallel_rank() == 0
+    )
+
+
+def _from_last_stage(values: Tensor) -> Tensor:
+    """What the last stage holds, on every stage; of the same shape there."""
+    if parallel_state.get_pipeline_model_parallel_world_size() > 1:
+        last = parallel_state.get_pipeline_model_parallel_last_rank()
+        distributed.broadcast(values, last, group=parallel_state.get_pipeline_model_parallel_group())
+    return values
+
+
+def _told_by_last_stage(metrics: dict[str, float], device: torch.device) -> dict[str, float]:
+    """The last stage's metrics, on every stage. Only that stage knows their names."""
+    if parallel_state.get_pipeline_model_parallel_world_size() == 1:
+        return metrics
+    text = torch.frombuffer(bytearray(json.dumps(metrics), "ascii"), dtype=torch.uint8).to(device)
+    length = _from_last_stage(torch.tensor(len(text), device=device))
+    text = _from_last_stage(text if _is_last_stage() else text.new_empty(int(length)))
+    return json.loads(bytes(text.cpu().numpy()))

@@ -17,7 +17,9 @@ from miles_train.export import export_directory
 from miles_train.megatron import checkpoint, cpu_shim, resume_fixes, runtime
 from miles_train.megatron._environment import quietly
 from miles_train.megatron.arguments import parse_arguments
+from miles_train.megatron.layout import check_layout
 from miles_train.megatron.runtime import Address
+from miles_train.megatron.settings import check_settings
 from miles_train.megatron.specs import SPECS, build_chunks
 from miles_train.megatron.step import Learner
 from miles_train.megatron.upstream import (
@@ -99,40 +101,41 @@ class MegatronTrainer:
         spec = SPECS[directory.architecture]
         self._device = runtime.device_of_this_process()
         on_gpu = self._device.type == "cuda"
+        check_settings(megatron)
+        layout = check_layout(megatron, address.world_size, directory.config)
+        if not on_gpu:
+            cpu_shim.install()
         args = parse_arguments(
             megatron,
             spec.arguments(directory.config),
             rank=address.rank,
-            world_size=address.world_size,
+            layout=layout,
             seed=seed,
             on_gpu=on_gpu,
         )
-        if not on_gpu:
-            cpu_shim.install()
         runtime.start(args, address, deterministic=deterministic)
+        self.shard, self.num_shards = layout.shard_of(address.rank), layout.num_shards
         self._hooks = hooks or Hooks()
         self._directory, self._table, self._args = directory, table, args
         self._ties = stored_ties(table, directory)
         with cpu_shim.active(), quietly():
-            (self._core,) = build_chunks(spec, directory.config, args)
-            load_weights([self._core], table, directory)
-            model = self._core.to(self._device)
-            wrapped = Float16Module(model.config, model) if args.bf16 else model
-            self._model = _with_gradient_buffers(wrapped, args)
-            optimizer, scheduler = _optimizer(args, self._model)
-        model.config.finalize_model_grads_func = _finalize_gradients
+            self._cores = build_chunks(spec, directory.config, args)
+            load_weights(self._cores, table, directory)
+            chunks = [_with_gradient_buffers(core.to(self._device), args) for core in self._cores]
+            optimizer, scheduler = _optimizer(args, chunks)
+        chunks[0].config.finalize_model_grads_func = _finalize_gradients
         self._learner = Learner(
-            self._model,
+            chunks,
             optimizer,
             scheduler,
             loss,
-            vocab_size=directory.config["vocab_size"],
+            vocab_size=args.vocab_size,
             micro_batch_tokens=micro_batch_tokens,
             temperature=temperature,
             device=self._device,
         )
         if self._hooks.after_model_init:
-            self._hooks.after_model_init([self._model])
+            self._hooks.after_model_init(chunks)
 
     def step(self, minibatches: Sequence[Batch]) -> dict[str, float]:
         """Update the weights once per minibatch.
@@ -142,7 +145,7 @@ class MegatronTrainer:
 
         Returns:
             Metrics, equal on all ranks: `loss`, `grad_norm`, `lr`, `entropy`, `logprob_gap`, `k3_kl`, `gap_max`,
-            `gap_rank`, `gap_sample`, `gap_position`, and what the loss reported (see `step._Sums.reduce`).
+            `gap_shard`, `gap_sample`, `gap_position`, and what the loss reported (see `step._Sums.reduce`).
 
         Raises:
             NonFiniteError: a loss or gradient is not finite; raised on all ranks before that update.
@@ -166,7 +169,7 @@ class MegatronTrainer:
 
         Many are views of live parameters in their dtype, on their device: copy what must outlive the next step.
         """
-        return hf_weights(global_tensors([self._core]), self._table, self._ties)
+        return hf_weights(global_tensors(self._cores), self._table, self._ties)
 
     def save(self, path: str | Path, state: Mapping[str, Any], *, keep: int | None = None) -> None:
         """Write a checkpoint: model, optimizer, schedule, random states, and `state`.
@@ -181,7 +184,7 @@ class MegatronTrainer:
             CheckpointError: it could not be written; older checkpoints are untouched.
         """
         learner = self._learner
-        checkpoint.save(Path(path), self._core, learner.optimizer, learner.scheduler, state, keep)
+        checkpoint.save(Path(path), self._cores, learner.optimizer, learner.scheduler, state, keep)
 
     def load(self, path: str | Path) -> dict[str, Any]:
         """Continue from a checkpoint.
@@ -195,7 +198,7 @@ class MegatronTrainer:
         Raises:
             CheckpointError: there is none, it is damaged, or it does not fit.
         """
-        return checkpoint.load(Path(path), self._core, self._learner.optimizer, self._learner.scheduler)
+        return checkpoint.load(Path(path), self._cores, self._learner.optimizer, self._learner.scheduler)
 
     def export(self, path: str | Path) -> None:
         """Write a Hugging Face directory: the weights in the parameters' dtype, config.json and the tokenizer's files.
@@ -224,8 +227,9 @@ def _whole_step(minibatches: Sequence[Batch]) -> Batch:
     return Batch(**columns)
 
 
-def _with_gradient_buffers(model: Any, args: argparse.Namespace) -> DistributedDataParallel:
-    """The model in Megatron's buffers, laid out for the optimizer that will read them."""
+def _with_gradient_buffers(core: Any, args: argparse.Namespace) -> DistributedDataParallel:
+    """A chunk in Megatron's buffers, laid out for the optimizer that will read them."""
+    model = Float16Module(core.config, core) if args.bf16 else core
     config = get_megatron_ddp_config(args)
     layout = None
     if config.use_distributed_optimizer:
@@ -234,17 +238,18 @@ def _with_gradient_buffers(model: Any, args: argparse.Namespace) -> DistributedD
             None,  # one bucket: nothing is overlapped
             parallel_state.get_data_parallel_world_size(with_context_parallel=True),
             config,
+            parallel_state.get_expert_data_parallel_world_size(),
         )
-    return DistributedDataParallel(model.config, config, model, full_param_layout=layout)
+    return DistributedDataParallel(core.config, config, model, full_param_layout=layout)
 
 
 def _optimizer(
-    args: argparse.Namespace, model: DistributedDataParallel
+    args: argparse.Namespace, chunks: list[DistributedDataParallel]
 ) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
     """Megatron's optimizer and its schedule, which counts optimizer updates."""
     made: Any = get_megatron_optimizer_config(args)  # annotated upstream as the first of the two alone
     config, overrides = made
-    optimizer = get_megatron_optimizer(config, [model], overrides, use_gloo_process_groups=False)
+    optimizer = get_megatron_optimizer(config, list(chunks), overrides, use_gloo_process_groups=False)
     resume_fixes.allocate_state(optimizer)
     warm_up = args.lr_warmup_iters
     scheduler = OptimizerParamScheduler(
