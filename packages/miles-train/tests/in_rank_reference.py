@@ -45,8 +45,15 @@ def make_reference_model(_, path, model_type, values, dtype="float32"):
     model.save_pretrained(path)
 
 
-def compare_with_transformers(address, path, settings=None):
+def compare_with_transformers(address, path, settings=None, reference_path=None, prefix=""):
     """Logits, gradients and stored tensors of both.
+
+    Args:
+        address: of the rank.
+        path: our model's directory.
+        settings: of the trainer.
+        reference_path: transformers' directory, if it is another one.
+        prefix: what stands before its names in ours.
 
     Returns:
         {"logits": [(ours, theirs) of each sample], "gradients": {stored name: (ours, theirs)}, "exported": names of
@@ -61,7 +68,9 @@ def compare_with_transformers(address, path, settings=None):
         address=Address(address[0], address[1], address[2], next(address[3])),
         hooks=Hooks(after_model_init=models.extend),
     )
-    reference = AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager", dtype=torch.float32)
+    reference = AutoModelForCausalLM.from_pretrained(
+        reference_path or path, attn_implementation="eager", dtype=torch.float32
+    )
     batch = batch_of(num_samples=6)
     ends = batch.offsets[1:-1]
     samples = [torch.from_numpy(part).long() for part in np.split(batch.tokens, ends)]
@@ -73,18 +82,26 @@ def compare_with_transformers(address, path, settings=None):
         for logits, tokens, mask in zip(theirs_all, samples, masks, strict=True)
     ]
     (sum(losses) / batch.num_loss_tokens).backward()
-    theirs = stored_gradients(reference)
+    theirs = {prefix + name: gradient for name, gradient in stored_gradients(reference).items()}
     changed = changed_tensors(trainer, path)
     trainer.step([batch])
     tensors = model_tensors(models[0].module)
-    gradients = {name: getattr(tensor, "main_grad", tensor) for name, tensor in tensors.items()}
+    gradients = {name: gradient_of(tensor) for name, tensor in tensors.items()}
     ours = dict(hf_weights(gradients, trainer._table, {}))
+    ours |= {name: torch.zeros_like(theirs[name]) for name in theirs if trainer._table.is_outside(name)}
     trainer.close()
     return {
         "logits": [(a, b.detach().numpy()) for a, b in zip(ours_all, theirs_all, strict=True)],
         "gradients": {name: (ours[name].numpy(), theirs[name].numpy()) for name in theirs},
         "exported": changed,
     }
+
+
+def gradient_of(tensor):
+    """Megatron's gradient of a parameter; zeros for what takes none; a buffer itself."""
+    if isinstance(tensor, torch.nn.Parameter) and not tensor.requires_grad:
+        return torch.zeros_like(tensor)
+    return getattr(tensor, "main_grad", tensor)
 
 
 def stored_gradients(reference):
@@ -101,7 +118,8 @@ def stored_gradients(reference):
 def changed_tensors(trainer, path):
     """Tensors that do not come back as they were stored."""
     with open_model_directory(path).reader() as read:
-        stored = {name: read(name).clone() for name in open_model_directory(path).tensors}
+        names = [name for name in open_model_directory(path).tensors if not trainer._table.is_outside(name)]
+        stored = {name: read(name).clone() for name in names}
     ours = {name: tensor.clone() for name, tensor in trainer.weights()}
     both = ours.keys() & stored.keys()
     return sorted(ours.keys() ^ stored.keys()) + sorted(
