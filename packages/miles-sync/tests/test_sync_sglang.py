@@ -29,12 +29,13 @@ TOKEN = "the token of these tests"
 
 
 class Model(torch.nn.Module):
-    """Fuses like an engine's, warns of unknown names like an engine's, and can be made to fail."""
+    """Fuses and computes like an engine's, warns of unknown names like an engine's, and can be made to fail."""
 
     def __init__(self) -> None:
         super().__init__()
         self.gate_up = torch.nn.Linear(4, 6, bias=False)
         self.norm = torch.nn.Parameter(torch.ones(4))
+        self.decay = torch.nn.Parameter(torch.ones(4))
         self.fails = False
 
     def load_weights(self, weights: list[tuple[str, torch.Tensor]]) -> None:
@@ -42,9 +43,11 @@ class Model(torch.nn.Module):
             if name in ("gate", "up"):
                 self.gate_up.weight.data.narrow(0, 3 * (name == "up"), 3).copy_(weight)
             elif name == "norm":
+                self.norm.data.copy_(weight)
+            elif name == "decay":  # no copy can do this: it goes through here in each commit
                 if self.fails:
                     raise RuntimeError("no memory")
-                self.norm.data.copy_(weight)
+                self.decay.data.copy_(-weight.exp())
 
 
 class InProcessTarget:
@@ -98,12 +101,18 @@ def _weights(value: float) -> dict[str, torch.Tensor]:
         "gate": torch.full((3, 4), value),
         "up": torch.full((3, 4), value + 1),
         "norm": torch.full((4,), value, dtype=torch.bfloat16),
+        "decay": torch.full((4,), value),
     }
 
 
 def _holds(model: Model, value: float) -> bool:
     gate_up = torch.cat([torch.full((3, 4), value), torch.full((3, 4), value + 1)])
-    return torch.equal(model.gate_up.weight, gate_up) and bool(model.norm.eq(value).all())
+    decay = -torch.full((4,), value).exp()
+    return (
+        torch.equal(model.gate_up.weight, gate_up)
+        and bool(model.norm.eq(value).all())
+        and torch.equal(model.decay, decay)
+    )
 
 
 def test_weights_arrive_through_the_models_own_loader(model: Model, target: InProcessTarget, sync: WeightSync) -> None:

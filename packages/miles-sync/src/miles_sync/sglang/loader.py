@@ -20,13 +20,13 @@ import os
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
 from miles_sync.channel import Deadline, dial
 from miles_sync.errors import MismatchError, SyncError
-from miles_sync.manifest import Manifest
+from miles_sync.manifest import Manifest, describe, lay_out
 from miles_sync.messages import Commit, Prepare
 from miles_sync.plan import BoundPlan, bind
 from miles_sync.receivers import Mode, Piece, fingerprint
@@ -111,17 +111,20 @@ class SGLangReceiver:
             raise MismatchError("the engine has dropped its model", stage="begin")
         return model
 
-    def check(self, manifest: Manifest) -> None:
+    def check(self, manifest: Manifest | Mapping[str, torch.Tensor]) -> None:
         """Record the plan, writing nothing; raise `MismatchError` unless it writes every weight.
 
         Must run on the main loop.
         """
         self._check_engine()
+        if isinstance(manifest, Mapping):  # as staging has it until it speaks the new protocol
+            manifest = lay_out((describe(name, tensor) for name, tensor in manifest.items()), 0)
         plan = record(self._model, manifest, sliced=self.ranks > 1)
         if plan.through_loader:
             reasons = sorted(plan.through_loader.items())
             _log.info("miles-sync: %d tensors go through the model's own loader, as %s", len(reasons), reasons[0])
         self._bound = bind(plan, manifest, self._model)
+        self._manifest = manifest
 
     def begin(self, manifest: Manifest, mode: Mode) -> None:
         """Get ready for the pieces of a manifest that was checked."""
@@ -142,7 +145,13 @@ class SGLangReceiver:
     def abandon(self) -> None:
         """Nothing to undo: the next transaction writes every weight."""
 
-    def fingerprint(self) -> Callable[[], str]:
+    def load(self, staged: Mapping[str, torch.Tensor]) -> None:
+        """Write everything, as staging has it until it speaks the new protocol."""
+        self.begin(self._manifest, "staged")
+        self.install([Piece(index, 0, tensor) for index, tensor in enumerate(staged.values())])
+        self.commit(0)
+
+    def fingerprint(self) -> str:
         """Digest of the live parameters, as the engine lays them out."""
         return fingerprint({n: p.detach() for n, p in self._model.named_parameters()})
 
