@@ -36,7 +36,8 @@ def latent_arguments(config: LatentConfig) -> dict[str, Any]:
         "v_head_dim": config.value_dim,
         # Sizes what the base class of all attentions builds and latent attention builds again.
         "kv_channels": config.value_dim,
-        "rope_type": "rope",
+        # Of the embedding that the base class builds and `LatentAttention` drops: the other type forbids fused kernels.
+        "rope_type": "yarn",
         "rotary_scaling_factor": config.yarn_factor,
         "mscale_all_dim": config.yarn_weight,
         "max_position_embeddings": config.max_positions,

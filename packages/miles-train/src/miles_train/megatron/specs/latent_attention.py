@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from miles_train.megatron import zigzag
 from miles_train.megatron.rope import Rope
 from miles_train.megatron.upstream import (
     MLASelfAttentionSubmodules,
@@ -57,8 +58,11 @@ def sequence_starts(length: int, packed_seq_params: Any, device: torch.device) -
     return packed_seq_params.cu_seqlens_q if padded is None else padded
 
 
-def _positions(length: int, packed_seq_params: Any, device: torch.device) -> Tensor:
-    """Positions of tokens in their sequences, int64 [length]."""
+def _positions(length: int, packed_seq_params: Any, group: Any, device: torch.device) -> Tensor:
+    """Positions in their sequences of a context-parallel rank's tokens, int64 [length]."""
+    if group.size() > 1:
+        assert packed_seq_params is None, "packed sequences are not divided over context-parallel ranks"
+        return zigzag.positions(length * group.size(), group.rank(), group.size(), device)
     starts = sequence_starts(length, packed_seq_params, device)
     return torch.arange(length, device=device) - starts[:-1].repeat_interleave(starts.diff(), output_size=length)
 
@@ -175,7 +179,9 @@ class LatentAttention(MultiLatentAttention):
     ) -> tuple[Tensor, Tensor, Tensor]:
         heads = self.num_attention_heads_per_partition
         content = self.config.qk_head_dim
-        angles = self.rotation.angles(_positions(len(query), packed_seq_params, query.device), query.dtype)
+        angles = self.rotation.angles(
+            _positions(len(query), packed_seq_params, self.pg_collection.cp, query.device), query.dtype
+        )
         query_content, query_rotary = query.unflatten(-1, (heads, -1)).tensor_split([content], dim=-1)
         key_content, value = key_value.unflatten(-1, (heads, -1)).tensor_split([content], dim=-1)
         key_rotary = self.rotation.turn(key_rotary.unsqueeze(-2), angles).expand(-1, -1, heads, -1)
