@@ -7,7 +7,7 @@ transformers/modeling_rope_utils.py (5.12), whose order of operations is kept.
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -31,7 +31,7 @@ class Rope:
 
     Attributes:
         theta: base of the wavelengths.
-        dim: channels of a head that are rotated, the first ones; the others pass unchanged.
+        dim: channels of a head that are rotated, the first ones and an even number; the others pass unchanged.
         kind: one of `KINDS`.
         factor: how far the context is stretched; 1 for "default".
         attention_factor: on cosine and sine, so squared on the scores ("yarn" and "longrope"; 1 otherwise).
@@ -43,6 +43,8 @@ class Rope:
         truncate: "yarn" only: whether these two bounds are rounded to whole channels.
         short_factor: "longrope" only: how far each pair is stretched, dim / 2 values.
         rotated: "proportional" only: channels that turn at all; the others of `dim` have angle 0.
+        share: the channels that the head's share makes, where they are odd and `dim` is one more; 0 otherwise. The
+            wavelengths go by them.
         max_length: longest sequence, in tokens, for which the frequencies hold; None for any. Beyond it "dynamic" and
             "longrope" take others, for the whole sequence.
     """
@@ -60,6 +62,7 @@ class Rope:
     truncate: bool = True
     short_factor: tuple[float, ...] = ()
     rotated: int = 0
+    share: int = 0
     max_length: int | None = None
 
     def inverse_frequencies(self) -> Tensor:
@@ -69,7 +72,8 @@ class Rope:
         2023 (arXiv:2309.00071); "longrope": Ding et al. 2024 (arXiv:2402.13753); the rest: `_compute_*_parameters` of
         the file above.
         """
-        wavelengths = self._base() ** (torch.arange(0, self.dim, 2, dtype=torch.int64, device="cpu").float() / self.dim)
+        exponents = torch.arange(0, self.dim, 2, dtype=torch.int64, device="cpu").float() / (self.share or self.dim)
+        wavelengths = self._base() ** exponents
         match self.kind:
             case "linear":
                 return 1.0 / wavelengths / self.factor
@@ -88,7 +92,8 @@ class Rope:
         if self.kind != "dynamic":
             return self.theta
         # Up to max_length the context is not stretched; the expression is 1 but for rounding, which is kept.
-        return self.theta * (self.factor * 1.0 - (self.factor - 1)) ** (self.dim / (self.dim - 2))
+        dim = self.share or self.dim
+        return self.theta * (self.factor * 1.0 - (self.factor - 1)) ** (dim / (dim - 2))
 
     def _llama3(self, inverse: Tensor) -> Tensor:
         wavelength = 2 * math.pi / inverse
@@ -157,13 +162,14 @@ def read_rope(
             raise _error(f"{name}.{key}", None, f"is needed for rope_type {kind!r}")
     base = values.get("rope_theta", config.get("rope_theta"))
     share = _read_share(config, values, kind, partial)
-    if kind == "proportional":
-        dim, rotated = head_dim, 2 * int(share * head_dim // 2)
-    else:
-        dim = rotated = 2 * math.ceil(int(head_dim * share) / 2)
-    if not 0 < dim <= head_dim or dim % 2:
-        raise _error("head_dim", head_dim, f"leaves {head_dim * share:g} channels to rotate, must be pairs of them")
-    made = Rope(theta if base is None else float(base), dim, kind, rotated=rotated)
+    channels = head_dim if kind == "proportional" else int(head_dim * share)
+    dim = channels + channels % 2
+    if not 0 < dim <= head_dim or (channels % 2 and kind == "yarn"):
+        raise _error("head_dim", head_dim, f"leaves {channels} channels to rotate, which do not make pairs")
+    rotated = 2 * int(share * head_dim // 2) if kind == "proportional" else 0
+    made = Rope(
+        theta if base is None else float(base), dim, kind, rotated=rotated, share=channels if channels % 2 else 0
+    )
     return made if kind == "default" else _read_scaling(made, values, name, config, nested)
 
 
@@ -213,7 +219,7 @@ def _read_scaling(rope: Rope, values: Mapping[str, Any], name: str, config: Mapp
                 "max_length": int(original),
                 "attention_factor": _longrope_attention_factor(values, factor, original),
             }
-    return Rope(rope.theta, rope.dim, rope.kind, rotated=rope.rotated, **made)
+    return replace(rope, **made)
 
 
 def _yarn_attention_factor(values: Mapping[str, Any], factor: float) -> float:
