@@ -70,7 +70,10 @@ class Learner:
         micros = self._cut(batch, all_tokens=all_tokens)
 
         def forward(micro: MicroBatch, chunk: Any) -> tuple[Any, Callable[..., Any]]:
-            return self._token_logprobs(chunk, micro), lambda output, non_loss_data: output[0]
+            output = self._token_logprobs(chunk, micro)
+            if isinstance(output, tuple):  # on the last stage
+                output = output[0]
+            return output, lambda output, non_loss_data: output
 
         results = self._run(forward, micros, forward_only=True) if micros else []
         if _is_last_stage():
