@@ -34,7 +34,11 @@ class Order(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True):
     txn: str
 
 
-Command = Attend | Order
+class Idle(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True):
+    """Nothing to do: for ranks that an order does not concern, and to hear that all main loops have come this far."""
+
+
+Command = Attend | Order | Idle
 
 
 def envelope(command: Command) -> str:

@@ -5,8 +5,9 @@ returns is discarded and what it raises ends the engine
 (`sglang/srt/model_executor/model_runner_components/weight_updater.py`), so `load` raises nothing and answers
 over the control channel, which a thread of its own keeps open to the sender.
 
-Each tensor-parallel rank is a process with a main loop of its own, is told its own command, and connects to a port of
-its own: rank 0 to the first, and so on. In staged mode weights move into staging on the rank's thread while the engine
+Each tensor-parallel rank is a process with a main loop of its own, is told a command of its own and keeps a connection
+of its own: to the sender it is a target like any other, but that all ranks commit in one request, between the same two
+batches. In staged mode weights move into staging on the rank's thread while the engine
 generates, and a commit, on the main loop, writes them. In place, they are written as they arrive: generation must be
 paused from before the first bucket until the commit.
 """
@@ -31,7 +32,7 @@ from miles_sync.messages import Commit, Prepare
 from miles_sync.plan import BoundPlan, bind
 from miles_sync.receivers import Mode, Piece, fingerprint
 from miles_sync.rehearsal import record
-from miles_sync.sglang.command import Attend, Order, opened
+from miles_sync.sglang.command import Attend, Idle, Order, opened
 from miles_sync.sglang.target import TESTED_VERSION, TOKEN_VARIABLE
 from miles_sync.staging import MAX_DEADLINE_S, Staging
 
@@ -57,8 +58,9 @@ def load(model: torch.nn.Module, named_tensors: Sequence[tuple[str, torch.Tensor
             raise ValueError(f"{len(named_tensors)} tensors where one command was due")
         staging = _stagings.get(model)
         if staging is None:
-            staging = Staging(SGLangReceiver(model), "engine", remote_orders=True)
-            _stagings[model] = staging
+            receiver = SGLangReceiver(model)
+            name = "engine" if receiver.ranks == 1 else f"engine, rank {receiver.rank} of {receiver.ranks}"
+            staging = _stagings[model] = Staging(receiver, name, remote_orders=True)
         match opened(named_tensors[0][0]):
             case Attend() as attend:
                 threading.Thread(target=_attend, args=(staging, attend), name="miles-sync", daemon=True).start()
@@ -66,6 +68,8 @@ def load(model: torch.nn.Module, named_tensors: Sequence[tuple[str, torch.Tensor
                 staging.order(Prepare(txn))
             case Order(what="commit", txn=txn):
                 staging.order(Commit(txn))
+            case Idle():
+                pass
             case order:
                 raise ValueError(f"unknown order {order}")
     except Exception:  # noqa: BLE001 - an exception here would end the engine
@@ -130,6 +134,10 @@ class SGLangReceiver:
         """Get ready for the pieces of a manifest that was checked."""
         if self._bound is None or self._bound.plan.layout != manifest.layout_id():
             raise MismatchError("this layout was not checked", stage="begin")
+        if self.device.type == "cuda":
+            # The engine overlaps: when its main loop comes here, or says that it is paused, its last batch may still
+            # run on another stream.
+            torch.cuda.synchronize(self.device)
         self._bound.begin()
 
     def install(self, pieces: Sequence[Piece]) -> None:

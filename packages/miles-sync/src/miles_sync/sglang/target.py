@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import http.client
 import json
+import threading
 import urllib.parse
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
 
 from miles_sync.channel import Channel, Deadline, accept, listen
 from miles_sync.errors import (
@@ -17,7 +19,7 @@ from miles_sync.errors import (
     SyncError,
 )
 from miles_sync.messages import Commit, Prepare
-from miles_sync.sglang.command import Attend, Command, Order, envelope
+from miles_sync.sglang.command import Attend, Command, Idle, Order, envelope
 
 LOADER = "miles_sync.sglang.loader.load"
 """What the engine's `--custom-weight-loader` must list."""
@@ -32,7 +34,6 @@ _MAX_REPLY_BYTES = 16 << 20
 # Settings under which the engine's own load_weights is not enough to replace its weights, or under which
 # one loader does not see all of them; the value is what this release was tested with.
 _REQUIRED: dict[str, tuple[Any, ...]] = {
-    "tp_size": (1,),
     "pp_size": (1,),
     "dp_size": (1,),
     "quantization": (None,),
@@ -42,7 +43,9 @@ _REQUIRED: dict[str, tuple[Any, ...]] = {
 
 
 class SGLangTarget:
-    """One engine, reached over HTTP; it connects back to this process for everything but orders.
+    """One rank of an engine, reached over HTTP; it connects back to this process for everything but orders.
+
+    An engine with tensor parallelism has one target a rank: `SGLangTarget.ranks`.
 
     Two traps of the engine's update lock shape this. A request to update weights waits until all running
     requests have ended, unless generation is paused: so only connecting, the check of a new layout and the
@@ -75,6 +78,47 @@ class SGLangTarget:
         self._api_key = api_key
         self._admin_key = admin_api_key or api_key
         self._listen_host = listen_host
+        self._rank, self._ranks = 0, 1
+        self._commits = _Commits()
+
+    @classmethod
+    def ranks(cls, url: str, tp_size: int, **settings: Any) -> tuple[SGLangTarget, ...]:
+        """The targets of an engine that was started with `--tp-size`: push to all of them.
+
+        Args:
+            url: As above.
+            tp_size: How many ranks it has; held against the engine's own word when connecting.
+            **settings: As above.
+        """
+        if tp_size < 1:
+            raise ValueError(f"tp_size={tp_size} must be 1 or more")
+        targets = tuple(cls(url, **settings) for _ in range(tp_size))
+        for rank, target in enumerate(targets):
+            target._rank, target._ranks, target._commits = rank, tp_size, targets[0]._commits
+            target.name += f" rank {rank}" if tp_size > 1 else ""
+        return targets
+
+    def pause(self, mode: Literal["in_place", "retract"] = "retract", *, deadline_s: float = 60.0) -> None:
+        """Stop generation between two batches, running requests kept; returns when every rank has stopped.
+
+        Args:
+            mode: "retract" gives their cache up and computes it anew afterwards, with the new weights; "in_place" keeps
+                it, computed with the old ones.
+            deadline_s: Bound on each of the two requests.
+        """
+        self._request("POST", "/pause_generation", self._admin_key, {"mode": mode}, "begin", Deadline(deadline_s))
+        self._tell(dict.fromkeys(range(self._ranks), Idle()), "begin", Deadline(deadline_s))
+
+    def resume(self, *, deadline_s: float = 60.0) -> None:
+        """Go on generating."""
+        body = {"torch_empty_cache": False}  # its default gives the allocator's blocks back, to be asked for again
+        self._request("POST", "/continue_generation", self._admin_key, body, "commit", Deadline(deadline_s))
+
+    def flush(self, *, deadline_s: float = 60.0) -> None:
+        """Drop the prefix cache. Raises `ProtocolError` where the engine will not: it holds requests in place."""
+        reply = self._send("POST", "/flush_cache", self._admin_key, {}, "commit", Deadline(deadline_s))
+        if reply[0] != 200:
+            raise ProtocolError("the engine would not flush its cache", stage="commit", peer=self.name)
 
     def connect(self, token: str, deadline: Deadline) -> Channel:
         """Check that the engine is one of the tested kind, have it connect back, and authenticate.
@@ -84,15 +128,20 @@ class SGLangTarget:
         self._check_settings(self._get("/server_info", "connect", deadline))
         with listen(self._listen_host) as listener:
             host, port = listener.getsockname()[:2]
-            self._command(Attend(host, port, deadline.left()), "connect", deadline)
+            self._tell({self._rank: Attend(host, port, deadline.left())}, "connect", deadline)
             return accept(listener, token, deadline, self.name)
 
     def order(self, channel: Channel, order: Prepare | Commit, version: int, deadline: Deadline) -> None:
-        """Have the engine's main loop carry out an order. A commit also sets the version label."""
+        """Have the engine's main loop carry out an order. A commit also sets the version label.
+
+        Ranks prepare one by one. They commit together: the first target that comes commits them all, for no batch may
+        see two versions.
+        """
         if isinstance(order, Prepare):
-            self._command(Order("prepare", order.txn), "begin", deadline)
-        else:
-            self._command(Order("commit", order.txn), "commit", deadline, str(version))
+            self._tell({self._rank: Order("prepare", order.txn)}, "begin", deadline)
+            return
+        everyone = dict.fromkeys(range(self._ranks), Order("commit", order.txn))
+        self._commits.once(order.txn, lambda: self._tell(everyone, "commit", deadline, str(version)))
 
     def published(self, deadline: Deadline) -> str:
         """The `weight_version` that the engine stamps on what it generates."""
@@ -110,6 +159,9 @@ class SGLangTarget:
         # An engine asked for a loader that it does not list raises in its main loop, and ends.
         if LOADER not in (info.get("custom_weight_loader") or ()):
             raise self._unfit(f"start it with --custom-weight-loader {LOADER}")
+        if (ranks := info.get("tp_size", 1)) != self._ranks:
+            hint = f"SGLangTarget.ranks(url, {ranks})"
+            raise self._unfit(f"tp_size={ranks}, {self._ranks} targets were made for it: use {hint}")
         for setting, tested in _REQUIRED.items():
             if setting in info and info[setting] not in tested:
                 allowed = " or ".join(map(str, tested))
@@ -118,9 +170,12 @@ class SGLangTarget:
     def _unfit(self, reason: str) -> MismatchError:
         return MismatchError(reason, stage="connect", peer=self.name)
 
-    def _command(self, command: Command, stage: str, deadline: Deadline, version: str | None = None) -> None:
+    def _tell(
+        self, commands: Mapping[int, Command], stage: str, deadline: Deadline, version: str | None = None
+    ) -> None:
+        """Give ranks a command each, in one request; the others idle."""
         body: dict[str, Any] = {
-            "serialized_named_tensors": [envelope(command)],
+            "serialized_named_tensors": [envelope(commands.get(rank, Idle())) for rank in range(self._ranks)],
             "load_format": LOADER,
             # All three default to something that would hurt: a flush with requests running fails the call
             # after the weights have changed, an abort ends other people's requests.
@@ -139,15 +194,25 @@ class SGLangTarget:
         return self._request("GET", path, self._api_key, None, stage, deadline)
 
     def _request(
-        self,
-        method: str,
-        path: str,
-        key: str | None,
-        body: dict[str, Any] | None,
-        stage: str,
-        deadline: Deadline,
+        self, method: str, path: str, key: str | None, body: dict[str, Any] | None, stage: str, deadline: Deadline
     ) -> dict[str, Any]:
-        """One request. Each opens its own connection: a push makes four, and none can be stale."""
+        """One request that is answered with JSON."""
+        status, data = self._send(method, path, key, body, stage, deadline)
+        if status not in (200, 400):  # 400 carries a message of the engine's own
+            raise SyncError(f"{path} answered {status}", stage=stage, peer=self.name)
+        try:
+            reply = json.loads(data)
+        except ValueError as error:
+            reason = f"{path} did not answer with JSON"
+            raise ProtocolError(reason, stage=stage, peer=self.name) from error
+        if not isinstance(reply, dict):
+            raise ProtocolError(f"{path} answered {type(reply).__name__}", stage=stage, peer=self.name)
+        return reply
+
+    def _send(
+        self, method: str, path: str, key: str | None, body: dict[str, Any] | None, stage: str, deadline: Deadline
+    ) -> tuple[int, bytes]:
+        """One request: status and content. Each opens its own connection: a push makes four, and none can be stale."""
         secure = self._scheme == "https"
         kind = http.client.HTTPSConnection if secure else http.client.HTTPConnection
         connection = kind(self._host, self._port, timeout=max(deadline.left(), 0.001))
@@ -170,19 +235,28 @@ class SGLangTarget:
             raise PeerLostError(reason, stage=stage, peer=self.name) from error
         finally:
             connection.close()
-        return self._decoded(path, response.status, data, stage)
-
-    def _decoded(self, path: str, status: int, data: bytes, stage: str) -> dict[str, Any]:
-        if status in (401, 403):
-            reason = f"{path} answered {status}: check api_key and admin_api_key"
+        if response.status in (401, 403):
+            reason = f"{path} answered {response.status}: check api_key and admin_api_key"
             raise AuthError(reason, stage=stage, peer=self.name)
-        if status not in (200, 400):  # 400 carries a message of the engine's own
-            raise SyncError(f"{path} answered {status}", stage=stage, peer=self.name)
-        try:
-            reply = json.loads(data)
-        except ValueError as error:
-            reason = f"{path} did not answer with JSON"
-            raise ProtocolError(reason, stage=stage, peer=self.name) from error
-        if not isinstance(reply, dict):
-            raise ProtocolError(f"{path} answered {type(reply).__name__}", stage=stage, peer=self.name)
-        return reply
+        return response.status, data
+
+
+class _Commits:
+    """Sees that ranks which commit the same transaction send one request."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._txn = ""
+        self._error: SyncError | None = None
+
+    def once(self, txn: str, act: Callable[[], None]) -> None:
+        """Act for the first caller of a transaction; the others wait and share what came of it."""
+        with self._lock:
+            if txn != self._txn:
+                self._txn, self._error = txn, None
+                try:
+                    act()
+                except SyncError as error:
+                    self._error = error
+            if self._error is not None:
+                raise self._error
