@@ -22,11 +22,13 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from torch import distributed
 from torch.overrides import TorchFunctionMode
 
 from miles_train.megatron.settings import TESTED_VERSION
 from miles_train.megatron.upstream import (
     MEGATRON_VERSION,
+    tensor_parallel_mappings,
     tensor_parallel_random,
     token_dispatcher,
     training_arguments,
@@ -67,6 +69,8 @@ def rebindings() -> tuple[Rebinding, ...]:
         ),
         Rebinding(dispatcher, "cuda_dtoh_stream", _NO_STREAM, "made where there is none; used by the next alone"),
         Rebinding(dispatcher, "_maybe_dtoh_and_synchronize", _to_host, "counts of tokens before an all-to-all"),
+        Rebinding(tensor_parallel_mappings, "_gather_along_first_dim", _gather, "gloo gathers equal parts alone"),
+        Rebinding(tensor_parallel_mappings, "_reduce_scatter_along_first_dim", _reduce_scatter, "as above"),
     )
 
 
@@ -93,6 +97,36 @@ def _to_host(self: Any, point: str, tokens_per_expert: torch.Tensor | None = Non
             if isinstance(counts, torch.Tensor):
                 setattr(self, name, counts.numpy())
     return tokens_per_expert
+
+
+_stock_gather = tensor_parallel_mappings._gather_along_first_dim
+_stock_reduce_scatter = tensor_parallel_mappings._reduce_scatter_along_first_dim
+
+
+def _gather(
+    input_: torch.Tensor, group: Any, output_split_sizes: list[int] | None = None, use_global_buffer: bool = False
+) -> torch.Tensor:
+    """Megatron's, and of unequal parts (tokens of experts) by an all-to-all, which gloo has for those too."""
+    if output_split_sizes is None or group.size() == 1:
+        return _stock_gather(input_, group, output_split_sizes, use_global_buffer)
+    gathered = input_.new_empty(sum(output_split_sizes), *input_.shape[1:])
+    copies = input_.repeat(group.size(), *[1] * (input_.dim() - 1))
+    distributed.all_to_all_single(gathered, copies, output_split_sizes, [len(input_)] * group.size(), group=group)
+    return gathered
+
+
+def _reduce_scatter(
+    input_: torch.Tensor, group: Any, input_split_sizes: list[int] | None = None, use_global_buffer: bool = False
+) -> torch.Tensor:
+    """Megatron's, and of unequal parts as in `_gather`."""
+    if input_split_sizes is None or group.size() == 1:
+        return _stock_reduce_scatter(input_, group, input_split_sizes, use_global_buffer)
+    own = input_split_sizes[group.rank()]
+    parts = input_.new_empty(group.size(), own, *input_.shape[1:])
+    distributed.all_to_all_single(
+        parts.flatten(0, 1), input_.contiguous(), [own] * group.size(), input_split_sizes, group=group
+    )
+    return parts.sum(0)
 
 
 def install() -> None:

@@ -9,6 +9,7 @@ from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.validation import save_integrity_manifest
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 from megatron.core.extensions.transformer_engine import HAVE_TE as HAVE_TRANSFORMER_ENGINE
 from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
@@ -38,6 +39,7 @@ from megatron.core.tensor_parallel import (
     reduce_from_tensor_model_parallel_region,
     reduce_scatter_to_sequence_parallel_region,
 )
+from megatron.core.tensor_parallel import mappings as tensor_parallel_mappings
 from megatron.core.tensor_parallel import random as tensor_parallel_random
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
@@ -122,6 +124,8 @@ __all__ = [
     "parallel_state",
     "reduce_from_tensor_model_parallel_region",
     "reduce_scatter_to_sequence_parallel_region",
+    "tensor_parallel_mappings",
+    "save_integrity_manifest",
     "tensor_parallel_random",
     "token_dispatcher",
     "training_arguments",
