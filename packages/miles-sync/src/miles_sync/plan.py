@@ -200,6 +200,64 @@ def paired(read: Region, write: Region) -> tuple[Region, Region]:
     return Region(read.offset, size, source), Region(write.offset, size, target)
 
 
+class UnevenError(ValueError):
+    """Elements that are not in even steps along the axes of a tensor."""
+
+
+def along_axes(view: Region, write: Region, shape: Sequence[int]) -> tuple[list[int], list[tuple[int, int]], Region]:
+    """A view of a contiguous tensor of `shape`, dimension by dimension along single axes.
+
+    Args:
+        view: Of the tensor's storage.
+        write: Where the view's elements go, of the same size.
+        shape: Of the tensor.
+
+    Returns:
+        The view's first index; per dimension the axis and step that it moves along; and `write` in these
+        dimensions: one that runs through several axes is split into one for each. Raises `UnevenError` where it
+        does so unevenly.
+    """
+    weights = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
+    rest = view.offset
+    start = []
+    for weight in weights:
+        start.append(rest // weight)
+        rest %= weight
+    reach = list(start)
+    steps, sizes, strides = [], [], []
+    todo = [d for d in zip(view.size, view.stride, write.stride, strict=True) if d[0] != 1][::-1]
+    while todo:
+        size, stride, target = todo.pop()
+        axis, step = 0, 0
+        if stride:
+            axis = next(a for a, weight in enumerate(weights) if stride >= weight and shape[a] > 1)
+            step, uneven = divmod(stride, weights[axis])
+            span = shape[axis]
+            beyond = reach[axis] + step * (size - 1) >= span
+            if uneven or (beyond and (step > 1 or reach[axis] or size % span)):
+                raise UnevenError("a copy that was reshaped unevenly across its dimensions")
+            if beyond:
+                todo.append((size // span, stride * span, target * span))
+                size = span
+            reach[axis] += step * (size - 1)
+        steps.append((axis, step))
+        sizes.append(size)
+        strides.append(target)
+    return start, steps, Region(write.offset, tuple(sizes), tuple(strides))
+
+
+def overlap(write: Region, j: int, start: int, step: int, span: tuple[int, int]) -> tuple[int, Region]:
+    """Indices along dimension `j` whose positions `start + index * step` lie in a span.
+
+    Returns:
+        The first such position, and the part of `write` that belongs to them.
+    """
+    low = max(0, -(-(span[0] - start) // step))
+    high = min(write.size[j], -(-(span[1] - start) // step))
+    size = (*write.size[:j], max(0, high - low), *write.size[j + 1 :])
+    return start + low * step, Region(write.offset + low * write.stride[j], size, write.stride)
+
+
 def clipped(copy: Copy, start: int, stop: int) -> list[Copy]:
     """The part of a copy whose source elements lie in `[start, stop)`: a few copies, none where there is nothing."""
     read = copy.read

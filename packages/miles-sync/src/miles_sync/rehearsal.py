@@ -29,7 +29,20 @@ from torch.utils._pytree import tree_leaves, tree_map_only  # noqa: PLC2701 - wh
 
 from miles_sync.errors import MismatchError
 from miles_sync.manifest import DTYPES, Manifest
-from miles_sync.plan import Copy, CopyPlan, Extents, Fill, Region, faults, live_of, paired, written
+from miles_sync.plan import (
+    Copy,
+    CopyPlan,
+    Extents,
+    Fill,
+    Region,
+    UnevenError,
+    along_axes,
+    faults,
+    live_of,
+    overlap,
+    paired,
+    written,
+)
 from miles_sync.receivers import listed
 
 _aten = torch.ops.aten
@@ -264,7 +277,7 @@ class _Recorder:
             value = value.expand(target.shape)  # type: ignore[assignment]
         try:
             found = _resolved(value, self._region(target), target.dtype)
-        except _Untraceable as why:
+        except UnevenError as why:
             self._compute(target, value.origin.sources, str(why))
             return
         for source, read, write in found:
@@ -401,20 +414,16 @@ class _Recorder:
 # -- looking through copies ----------------------------------------------------------------------------
 
 
-class _Untraceable(Exception):
-    """Elements that do not come from one place in even steps."""
-
-
 def _resolved(value: _Described, write: Region, dtype: torch.dtype) -> list[tuple[int, Region, Region]]:
     """Where the elements of a descriptor come from: (source, elements read, elements written)."""
     origin = value.origin
     if origin.computed:
-        raise _Untraceable(origin.computed)
+        raise UnevenError(origin.computed)
     if origin.source is not None:
         read = _region(value)
         return [(origin.source, read, write)]
     if value.dtype != dtype and not all(_keeps_values(piece.dtype, value.dtype) for piece in origin.pieces):
-        raise _Untraceable(f"rounded to {value.dtype} on its way to {dtype}")
+        raise UnevenError(f"rounded to {value.dtype} on its way to {dtype}")
     found: list[tuple[int, Region, Region]] = []
     for piece, view, part in _behind(value, write):
         if not part.numel:
@@ -429,82 +438,25 @@ def _behind(value: _Described, write: Region) -> list[tuple[_Described, Region, 
     shape = list(pieces[0].shape)
     shape[dim] = sum(piece.shape[dim] for piece in pieces)
     view = _region(value)
-    start, steps, sizes, strides = _unravelled(view, write.stride, shape)
-    write = Region(write.offset, tuple(sizes), tuple(strides))
+    start, steps, write = along_axes(view, write, shape)
     moving = [j for j, (axis, _) in enumerate(steps) if axis == dim]
     if len(moving) > 1 and len(pieces) > 1:
-        raise _Untraceable("a joined tensor folded along the joint")
+        raise UnevenError("a joined tensor folded along the joint")
     found = []
     first = 0
     for piece in pieces:
         end = first + piece.shape[dim]
         offset, cut = list(start), write
         if moving:
-            offset[dim], cut = _overlap(write, moving[0], start[dim], steps[moving[0]][1], (first, end))
+            offset[dim], cut = overlap(write, moving[0], start[dim], steps[moving[0]][1], (first, end))
         elif not first <= start[dim] < end:
-            cut = Region(write.offset, (0,) * len(sizes), write.stride)
+            cut = Region(write.offset, (0,) * len(steps), write.stride)
         offset[dim] -= first
         base = int(piece.storage_offset()) + sum(i * s for i, s in zip(offset, piece.stride(), strict=True))
         moved = tuple(piece.stride(axis) * step if step else 0 for axis, step in steps)
         found.append((piece, Region(base, cut.size, moved), cut))
         first = end
     return found
-
-
-def _overlap(write: Region, j: int, start: int, step: int, span: tuple[int, int]) -> tuple[int, Region]:
-    """Indices along dimension `j` whose positions `start + index * step` lie in a span.
-
-    Returns:
-        The first such position, and the part of `write` that belongs to them.
-    """
-    low = max(0, -(-(span[0] - start) // step))
-    high = min(write.size[j], -(-(span[1] - start) // step))
-    size = (*write.size[:j], max(0, high - low), *write.size[j + 1 :])
-    return start + low * step, Region(write.offset + low * write.stride[j], size, write.stride)
-
-
-def _unravelled(
-    view: Region, targets: Sequence[int], shape: Sequence[int]
-) -> tuple[list[int], list[tuple[int, int]], list[int], list[int]]:
-    """A view of a contiguous tensor of `shape`, dimension by dimension along single axes.
-
-    Args:
-        view: Of the tensor's storage.
-        targets: Strides of where the view's elements go.
-        shape: Of the tensor.
-
-    Returns:
-        The view's first index; then per dimension the axis and step that it moves along, its size, and its stride in
-        the target. A dimension that runs through several axes is split into one for each. Raises `_Untraceable` where
-        it does so unevenly.
-    """
-    weights = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
-    rest = view.offset
-    start = []
-    for weight in weights:
-        start.append(rest // weight)
-        rest %= weight
-    reach = list(start)
-    steps, sizes, strides = [], [], []
-    todo = [d for d in zip(view.size, view.stride, targets, strict=True) if d[0] != 1][::-1]
-    while todo:
-        size, stride, target = todo.pop()
-        if stride == 0:
-            axis, step = 0, 0
-        else:
-            axis = next(a for a, weight in enumerate(weights) if stride >= weight and shape[a] > 1)
-            step, uneven = divmod(stride, weights[axis])
-            span = shape[axis]
-            if uneven or (reach[axis] + step * (size - 1) >= span and (step > 1 or reach[axis] or size % span)):
-                raise _Untraceable("a copy that was reshaped unevenly across its dimensions")
-            if reach[axis] + step * (size - 1) >= span:
-                todo.append((size // span, stride * span, target * span))
-                size = span
-            reach[axis] += step * (size - 1)
-        steps.append((axis, step))
-        sizes.append(size)
-        strides.append(target)
-    return start, steps, sizes, strides
 
 
 def _region(tensor: torch.Tensor, start: int = 0) -> Region:
