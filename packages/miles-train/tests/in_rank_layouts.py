@@ -4,7 +4,7 @@ import numpy as np
 from in_rank_trainer import make_trainer
 from train_tiny import batch_of
 
-from miles_train.megatron.weights.load import load_weights
+from miles_train.megatron.weights.load import Source, load_weights
 from miles_train.megatron.weights.names import local_tensors
 from miles_train.model_dir import open_model_directory
 
@@ -28,7 +28,7 @@ def run(address, path, settings, expected=None, export=None, **more):
         trainer.export(export)
     if expected is not None:
         ours = [(name, tensor.detach().clone()) for name, tensor in local_tensors(trainer._cores)]
-        load_weights(trainer._cores, trainer._table, open_model_directory(expected))
+        load_weights(trainer._cores, trainer._table, Source(open_model_directory(expected)))
         for (name, mine), (_, theirs) in zip(ours, local_tensors(trainer._cores), strict=True):
             difference = np.abs((mine.float() - theirs.detach().float()).numpy())
             differences[name] = float(difference.max()), float(difference.mean())

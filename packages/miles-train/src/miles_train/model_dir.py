@@ -13,11 +13,12 @@ from typing import Any
 from miles_core.errors import InputError
 from miles_train.tensor_files import MappedFiles, StoredTensor
 
-__all__ = ["INDEX", "BlockScales", "ModelDirectory", "StoredTensor", "open_model_directory"]
+__all__ = ["INDEX", "SCALE", "BlockScales", "ModelDirectory", "StoredTensor", "open_model_directory"]
 
 INDEX = "model.safetensors.index.json"
 _SETTING = "model.path"
-_SCALE = "_scale_inv"
+# Appended to the name of an FP8 weight, it names the factors of its blocks.
+SCALE = "_scale_inv"
 # A header longer than this is not a header (the format's own limit, in bytes).
 _MAX_HEADER_BYTES = 100_000_000
 
@@ -59,7 +60,7 @@ class ModelDirectory:
     def reader(self) -> MappedFiles:
         """What reads tensors by name; scales are read under the weight's name with `_scale_inv`."""
         scales = {} if self.scales is None else self.scales.tensors
-        return MappedFiles({**self.tensors, **{name + _SCALE: stored for name, stored in scales.items()}})
+        return MappedFiles({**self.tensors, **{name + SCALE: stored for name, stored in scales.items()}})
 
 
 def open_model_directory(path: str | Path) -> ModelDirectory:
@@ -123,8 +124,8 @@ def _take_quantization(path: Path, config: dict[str, Any]) -> tuple[int, int] | 
 
 def _apart(tensors: Mapping[str, StoredTensor]) -> tuple[dict[str, StoredTensor], dict[str, StoredTensor]]:
     """The tensors proper, and the scales by the name of the weight that they belong to."""
-    scales = {name: tensors[name + _SCALE] for name in tensors if name + _SCALE in tensors}
-    names = {name + _SCALE for name in scales}
+    scales = {name: tensors[name + SCALE] for name in tensors if name + SCALE in tensors}
+    names = {name + SCALE for name in scales}
     return {name: stored for name, stored in tensors.items() if name not in names}, scales
 
 

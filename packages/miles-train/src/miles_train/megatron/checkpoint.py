@@ -5,13 +5,13 @@
         megatron/           megatron.core.dist_checkpointing; sha256 of every file, checked before anything is read
     latest                  names the newest complete one; written last
 
-Random states are restored where the number of ranks is the same. The data is Megatron's, pickles among it: only
-checkpoints whose digests hold are opened, and only those of your own runs should be.
+What lies on disk is the whole model by global names: any layout of ranks reads what any other wrote. Random states are
+restored where the layout is the same. The data is Megatron's, pickles among it: only checkpoints whose digests hold are
+opened, and only those of your own runs should be.
 """
 
-import json
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,10 @@ from torch import distributed, nn
 from torch.distributed.checkpoint.api import CheckpointException
 
 from miles_train import folders
+from miles_train.checkpoint_header import MARKER, read_header, write_header
 from miles_train.errors import CheckpointError
 from miles_train.megatron import cpu_shim, resume_fixes, runtime
+from miles_train.megatron.background import Background, Outcome, outcome_of_all
 from miles_train.megatron.upstream import (
     MEGATRON_VERSION,
     ChainedOptimizer,
@@ -34,167 +36,248 @@ from miles_train.megatron.upstream import (
     dist_checkpointing,
     get_cuda_rng_tracker,
     parallel_state,
+    save_integrity_manifest,
 )
 
-MARKER = "trainer.json"
 _DATA = "megatron"
-_FORMAT = 1
+_ERRORS = (OSError, CheckpointException, CheckpointingException)
 
 
-def save(
-    path: Path,
-    model: nn.Module,
-    optimizer: MegatronOptimizer,
-    scheduler: OptimizerParamScheduler,
-    state: Mapping[str, Any],
-    keep: int | None = None,
-) -> None:
-    """Write a checkpoint; collective. It is complete or not there, whenever the process dies.
+class Checkpoints:
+    """Saves and loads the state of one trainer; at most one save is under way.
 
-    Args:
-        path: folder to write, the same for all ranks. What is there is replaced, but never the one `latest` names.
-        model: unwrapped.
-        optimizer: over it.
-        scheduler: of the optimizer.
-        state: the caller's own, JSON-able.
-        keep: how many of the newest checkpoints in path's parent to keep; None keeps all.
-
-    Raises:
-        CheckpointError: it could not be written; every rank raises. What `latest` names is untouched.
+    Every method is collective.
     """
-    header = {
-        "format": _FORMAT,
-        "megatron_core": MEGATRON_VERSION,
-        "world_size": distributed.get_world_size(),
-        "optimizer": _kind(optimizer),
-        "state": dict(state),
-    }
 
-    def begin() -> None:
+    def __init__(self, chunks: Sequence[nn.Module], optimizer: MegatronOptimizer, scheduler: OptimizerParamScheduler):
+        """Hold what is saved together.
+
+        Args:
+            chunks: the rank's model, unwrapped.
+            optimizer: over it.
+            scheduler: of the optimizer.
+        """
+        self._chunks, self._optimizer, self._scheduler = chunks, optimizer, scheduler
+        self._save: _Save | None = None
+
+    def save(
+        self, path: Path, state: Mapping[str, Any], keep: int | None = None, *, asynchronous: bool = False
+    ) -> None:
+        """Write a checkpoint. It is complete or not there, whenever the process dies.
+
+        A save that is still under way is waited for first.
+
+        Args:
+            path: folder to write, the same for all ranks. What is there is replaced, but never the one `latest` names.
+            state: the caller's own, JSON-able.
+            keep: how many of the newest checkpoints in path's parent to keep; None keeps all.
+            asynchronous: return once everything is copied to memory of the host; `poll` and `wait` finish it.
+
+        Raises:
+            CheckpointError: it, or the save before it, could not be written; every rank raises. What `latest` names is
+                untouched.
+        """
+        self.wait()
+        self._save = _Save(path, keep)
+        try:
+            runtime.on_rank_0(lambda: self._begin(path, state))
+            resume_fixes.write_without_manager()
+            with cpu_shim.active():
+                request: Any = dist_checkpointing.save(
+                    self._contents(saved_in=None),
+                    str(folders.partial_name(path) / _DATA),
+                    async_sharded_save=True,
+                    async_strategy="mcore",
+                )
+                self._save.start(request, copy=asynchronous)
+        except _ERRORS as error:
+            self._save = None
+            raise _not_written(path, _reason(error)) from error
+        except BaseException:
+            self._save = None
+            raise
+        if not asynchronous:
+            self.wait()
+
+    def poll(self) -> None:
+        """Take a save that is under way a step further, if it got there on every rank; never waits for a disk.
+
+        Raises:
+            CheckpointError: it could not be written; every rank raises, once.
+        """
+        self._advance(wait=False)
+
+    def wait(self) -> None:
+        """Wait until a save that is under way is complete.
+
+        Raises:
+            CheckpointError: it could not be written; every rank raises, once.
+        """
+        self._advance(wait=True)
+
+    def _advance(self, wait: bool) -> None:
+        while (save := self._save) is not None:
+            try:
+                with cpu_shim.active():
+                    went_on = save.advance(wait)
+            except _ERRORS as error:
+                self._save = None
+                raise _not_written(save.path, _reason(error)) from error
+            if not went_on:
+                return
+            if save.is_complete:
+                self._save = None
+
+    def load(self, path: Path) -> dict[str, Any]:
+        """Read a checkpoint back, written by any layout of ranks.
+
+        Args:
+            path: its folder, or the folder whose `latest` names it.
+
+        Returns:
+            The caller's state.
+
+        Raises:
+            CheckpointError: there is none, it is damaged (a digest does not hold), or it does not fit.
+        """
+        self.wait()
+        header = read_header(path)
+        kind = _kind(self._optimizer)
+        if header.optimizer != kind:
+            raise CheckpointError(
+                f"checkpoint {header.folder} was written with a {header.optimizer} optimizer, this trainer has a "
+                f"{kind} one. Resume in a layout with the same."
+            )
+        with cpu_shim.active():
+            try:
+                loaded: Any = dist_checkpointing.load(
+                    self._contents(saved_in=header.layout), str(header.folder / _DATA), verify_integrity=True
+                )
+            except (*_ERRORS, ValueError) as error:
+                raise CheckpointError(
+                    f"checkpoint {header.folder} is damaged or does not fit this model: {_reason(error)}. Resume from "
+                    "another one."
+                ) from error
+            for name, chunk in self._named_chunks():
+                chunk.load_state_dict(loaded[name])
+            resume_fixes.restore_zero_step(loaded["optimizer"])
+            with resume_fixes.tolerate_missing_step(self._optimizer):
+                self._optimizer.load_state_dict(loaded["optimizer"])
+            resume_fixes.separate_steps(self._optimizer)
+            self._scheduler.num_steps = 0  # load_state_dict adds to it
+            self._scheduler.load_state_dict(loaded["scheduler"])
+            if "random" in loaded:
+                _set_random_states(loaded["random"])
+        return header.state
+
+    def _begin(self, path: Path, state: Mapping[str, Any]) -> None:
         # A crash after `publish` and before `point_to` leaves a folder that a resumed run will write again.
         partial = folders.begin(path, replaces=lambda target: not folders.is_latest(target))
         (partial / _DATA).mkdir()
-        (partial / MARKER).write_text(json.dumps(header, indent=1), encoding="utf-8")
+        write_header(partial, _layout(), _kind(self._optimizer), state, f"megatron-core {MEGATRON_VERSION}")
 
-    def finish() -> None:
-        folders.publish(path)
-        folders.point_to(path)
-        if keep is not None:
-            folders.keep_newest(path, keep, MARKER)
+    def _contents(self, saved_in: Mapping[str, int] | None) -> dict[str, Any]:
+        """What is saved, or (with the layout that saved it) what is to be loaded."""
+        metadata = {
+            "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
+            "singleton_local_shards": False,
+            "chained_optim_avoid_prefix": True,
+            # By number, not stacked over all layers: layers of one model may differ.
+            "non_homogeneous_layers": True,
+        }
+        if _kind(self._optimizer) == "distributed":
+            # The only layout that another number of ranks can read.
+            metadata["distrib_optim_sharding_type"] = "fully_reshardable"
+            metadata["distrib_optim_fully_reshardable_mem_efficient"] = False
+        resume_fixes.allocate_state(self._optimizer)
+        contents: dict[str, Any] = {
+            name: chunk.sharded_state_dict(metadata=metadata) for name, chunk in self._named_chunks()
+        }
+        is_loading = saved_in is not None
+        contents["optimizer"] = self._optimizer.sharded_state_dict(contents, is_loading=is_loading, metadata=metadata)
+        contents["scheduler"] = self._scheduler.state_dict()
+        if saved_in in (None, _layout()):
+            rank, world_size = distributed.get_rank(), distributed.get_world_size()
+            contents["random"] = ShardedObject("random", _random_states(), (world_size,), (rank,), replica_id=0)
+        return contents
 
-    try:
-        runtime.on_rank_0(begin)
-        resume_fixes.write_without_manager()
-        with cpu_shim.active():
-            dist_checkpointing.save(
-                _contents(model, optimizer, scheduler, saved_ranks=None),
-                str(folders.partial_name(path) / _DATA),
-                verify_integrity=True,
-            )
-        runtime.on_rank_0(finish)
-    except (OSError, CheckpointException, CheckpointingException) as error:
-        raise CheckpointError(
-            f"checkpoint {path} could not be written: {_reason(error)}. The folder must be new, its disk writable and "
-            "have room. The checkpoints before it are untouched."
-        ) from error
-
-
-def load(
-    path: Path, model: nn.Module, optimizer: MegatronOptimizer, scheduler: OptimizerParamScheduler
-) -> dict[str, Any]:
-    """Read a checkpoint back; collective.
-
-    Args:
-        path: its folder, or the folder whose `latest` names it.
-        model: unwrapped; of the same shape.
-        optimizer: over it.
-        scheduler: of the optimizer; continues where the saved one was, with the saved rates.
-
-    Returns:
-        The caller's state.
-
-    Raises:
-        CheckpointError: there is none, it is damaged (a digest does not hold), or it does not fit.
-    """
-    folder, header = read_header(path)
-    if header["optimizer"] != _kind(optimizer):
-        raise CheckpointError(
-            f"checkpoint {folder} was written by {header['world_size']} ranks with a {header['optimizer']} optimizer; "
-            f"{distributed.get_world_size()} ranks use a {_kind(optimizer)} one. Resume with one rank where it was "
-            "one, and with two or more otherwise."
-        )
-    with cpu_shim.active():
-        contents = _contents(model, optimizer, scheduler, saved_ranks=header["world_size"])
-        try:
-            loaded: Any = dist_checkpointing.load(contents, str(folder / _DATA), verify_integrity=True)
-        except (OSError, CheckpointException, CheckpointingException, ValueError) as error:
-            raise CheckpointError(
-                f"checkpoint {folder} is damaged or does not fit this model: {_reason(error)}. Resume from another one."
-            ) from error
-        model.load_state_dict(loaded["model"])
-        resume_fixes.restore_zero_step(loaded["optimizer"])
-        with resume_fixes.tolerate_missing_step(optimizer):
-            optimizer.load_state_dict(loaded["optimizer"])
-        resume_fixes.separate_steps(optimizer)
-        scheduler.num_steps = 0  # load_state_dict adds to it
-        scheduler.load_state_dict(loaded["scheduler"])
-        if "random" in loaded:
-            _set_random_states(loaded["random"])
-    return header["state"]
+    def _named_chunks(self) -> list[tuple[str, Any]]:
+        return [(f"model{number}", chunk) for number, chunk in enumerate(self._chunks)]
 
 
-def read_header(path: Path) -> tuple[Path, dict[str, Any]]:
-    """The checkpoint's folder and what trainer.json says, without opening anything else.
+class _Save:
+    """One save: tensors are written on every rank; then rank 0 takes digests and gives the folder its name."""
 
-    Raises:
-        CheckpointError: there is no checkpoint, or it is of another format.
-    """
-    folder = folders.resolve(path)
-    file = None if folder is None else folder / MARKER
-    if folder is None or file is None or not file.is_file():
-        raise CheckpointError(
-            f"there is no checkpoint in {path}: it needs {MARKER}, or `latest` naming a folder with one."
-        )
-    try:
-        header = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{file} is damaged: {error}. Resume from another checkpoint.") from None
-    if header.get("format") != _FORMAT:
-        raise CheckpointError(f"{file} has format {header.get('format')}: this version reads {_FORMAT}.")
-    return folder, header
+    def __init__(self, path: Path, keep: int | None):
+        self.path, self._keep = path, keep
+        self.is_complete = False
+        self._finalize: list[Any] = []
+        self._work = Background()
+
+    def start(self, request: Any, *, copy: bool) -> None:
+        """Begin to write what Megatron planned, from a copy where the model goes on to change."""
+        self._finalize = list(request.finalize_fns)
+        if request.async_fn is None:
+            return  # this rank has nothing to write
+        args = list(request.async_fn_args)
+        if request.preload_fn is not None:
+            args[1] = request.preload_fn()
+        if copy:
+            for _, _, (_, tensors) in args[1]:
+                for index, (item, tensor) in enumerate(tensors):
+                    tensors[index] = item, tensor.clone()
+        self._work = Background(lambda: request.async_fn(*args, **request.async_fn_kwargs))
+
+    def advance(self, wait: bool) -> bool:
+        """Go on to what comes next; False if it is too early for that."""
+        outcome, reason = outcome_of_all(self._work, wait)
+        if outcome is Outcome.FAILED:
+            raise OSError(reason)
+        if outcome is Outcome.RUNNING:
+            return False
+        if not self._finalize:
+            self.is_complete = True
+            return True
+        # Collective: what each rank wrote goes into the checkpoint's metadata.
+        for finalize in self._finalize:
+            finalize()
+        self._finalize = []
+        self._work = Background(self._publish if distributed.get_rank() == 0 else None)
+        return True
+
+    def _publish(self) -> None:
+        save_integrity_manifest(str(folders.partial_name(self.path) / _DATA))
+        folders.publish(self.path)
+        folders.point_to(self.path)
+        if self._keep is not None:
+            folders.keep_newest(self.path, self._keep, MARKER)
 
 
-def _contents(
-    model: Any, optimizer: MegatronOptimizer, scheduler: OptimizerParamScheduler, saved_ranks: int | None
-) -> dict[str, Any]:
-    """What is saved, or (with the number of ranks that saved it) what is to be loaded."""
-    rank, world_size = distributed.get_rank(), distributed.get_world_size()
-    metadata = {
-        "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
-        "singleton_local_shards": False,
-        "chained_optim_avoid_prefix": True,
-    }
-    if _kind(optimizer) == "distributed":
-        # The only layout that another number of ranks can read.
-        metadata["distrib_optim_sharding_type"] = "fully_reshardable"
-        metadata["distrib_optim_fully_reshardable_mem_efficient"] = False
-    resume_fixes.allocate_state(optimizer)
-    sharded = model.sharded_state_dict(metadata=metadata)
-    contents = {
-        "model": sharded,
-        "optimizer": optimizer.sharded_state_dict(sharded, is_loading=saved_ranks is not None, metadata=metadata),
-        "scheduler": scheduler.state_dict(),
-    }
-    if saved_ranks in (None, world_size):
-        contents["random"] = ShardedObject("random", _random_states(), (world_size,), (rank,), replica_id=0)
-    return contents
+def _not_written(path: Path, reason: str) -> CheckpointError:
+    return CheckpointError(
+        f"checkpoint {path} could not be written: {reason}. The folder must be new, its disk writable and have room. "
+        "The checkpoints before it are untouched."
+    )
 
 
 def _reason(error: BaseException) -> str:
     """What went wrong, in a line; torch's own text is the traceback of every rank."""
-    if isinstance(error, CheckpointException):
+    if isinstance(error, CheckpointException) and error.failures:
         return "; ".join(f"rank {rank}: {failure[0]}" for rank, failure in sorted(error.failures.items()))
     return str(error)
+
+
+def _layout() -> dict[str, int]:
+    state = parallel_state
+    return {
+        "world_size": distributed.get_world_size(),
+        "tensor_model_parallel_size": state.get_tensor_model_parallel_world_size(),
+        "pipeline_model_parallel_size": state.get_pipeline_model_parallel_world_size(),
+        "virtual_pipeline_model_parallel_size": state.get_virtual_pipeline_model_parallel_world_size() or 1,
+        "context_parallel_size": state.get_context_parallel_world_size(),
+        "expert_model_parallel_size": state.get_expert_model_parallel_world_size(),
+        "expert_tensor_parallel_size": state.get_expert_tensor_parallel_world_size() or 1,
+    }
 
 
 def _kind(optimizer: MegatronOptimizer) -> str:

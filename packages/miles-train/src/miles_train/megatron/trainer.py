@@ -13,11 +13,13 @@ from torch import Tensor
 from miles_core.algorithms.losses import Loss
 from miles_core.hooks import AfterModelInit, AfterTrainStep, BeforeLogprobs, BeforeTrainStep
 from miles_core.types import Batch, Floats
-from miles_train.export import export_directory
-from miles_train.megatron import checkpoint, cpu_shim, resume_fixes, runtime
+from miles_train.export import MAX_SHARD_BYTES
+from miles_train.megatron import cpu_shim, resume_fixes, runtime
 from miles_train.megatron._environment import quietly
 from miles_train.megatron.arguments import parse_arguments
+from miles_train.megatron.checkpoint import Checkpoints
 from miles_train.megatron.layout import check_layout
+from miles_train.megatron.model_weights import ModelWeights
 from miles_train.megatron.runtime import Address
 from miles_train.megatron.settings import check_settings
 from miles_train.megatron.specs import SPECS, build_chunks
@@ -34,10 +36,9 @@ from miles_train.megatron.upstream import (
     get_megatron_optimizer_config,
     parallel_state,
 )
-from miles_train.megatron.weights import table_for
-from miles_train.megatron.weights.convert import hf_weights
-from miles_train.megatron.weights.load import load_weights, stored_ties
-from miles_train.megatron.weights.names import global_tensors
+from miles_train.megatron.weights import WeightTable, table_for
+from miles_train.megatron.weights.load import Decode, Progress, Source, keep_float32
+from miles_train.megatron.weights.pieces import Piece
 from miles_train.model_dir import open_model_directory
 
 
@@ -77,6 +78,8 @@ class MegatronTrainer:
         temperature: float = 1.0,
         deterministic: bool = False,
         hooks: Hooks | None = None,
+        decode: Decode | None = None,
+        progress: Progress | None = None,
     ):
         """Check everything, meet the other ranks, build the model and load its weights.
 
@@ -90,6 +93,9 @@ class MegatronTrainer:
             temperature: of the sampling engine; logits are divided by it.
             deterministic: refuse operations whose result depends on timing.
             hooks: user code.
+            decode: makes numbers of FP8 weights with block scales: [N, K] e4m3 and one float32 factor for each block
+                to [N, K]. Needed where the directory holds such.
+            progress: told how many bytes of this rank's weights are loaded, and of how many.
 
         Raises:
             InputError: a setting, or the model directory, is wrong; nothing was started.
@@ -97,7 +103,7 @@ class MegatronTrainer:
         """
         address = address or Address()
         directory = open_model_directory(model_path)
-        table = table_for(directory)
+        table, source = table_for(directory), Source(directory, decode)
         spec = SPECS[directory.architecture]
         self._device = runtime.device_of_this_process()
         on_gpu = self._device.type == "cuda"
@@ -117,12 +123,13 @@ class MegatronTrainer:
         self.shard, self.num_shards = layout.shard_of(address.rank), layout.num_shards
         self._hooks = hooks or Hooks()
         self._directory, self._table, self._args = directory, table, args
-        self._ties = stored_ties(table, directory)
         with cpu_shim.active(), quietly():
             self._cores = build_chunks(spec, directory.config, args)
-            load_weights(self._cores, table, directory)
-            chunks = [_with_gradient_buffers(core.to(self._device), args) for core in self._cores]
+            self._weights = ModelWeights(self._cores, table, source)
+            chunks = [_with_gradient_buffers(core.to(self._device), args, table) for core in self._cores]
+            self._weights.load(progress)
             optimizer, scheduler = _optimizer(args, chunks)
+        self._checkpoints = Checkpoints(self._cores, optimizer, scheduler)
         chunks[0].config.finalize_model_grads_func = _finalize_gradients
         self._learner = Learner(
             chunks,
@@ -149,7 +156,9 @@ class MegatronTrainer:
 
         Raises:
             NonFiniteError: a loss or gradient is not finite; raised on all ranks before that update.
+            CheckpointError: an asynchronous save failed; raised on all ranks before the first update.
         """
+        self._checkpoints.poll()
         hooks = self._hooks
         if hooks.before_logprobs and len(minibatches) > 1:
             hooks.before_logprobs(_whole_step(minibatches))
@@ -167,24 +176,45 @@ class MegatronTrainer:
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """Yield every weight under its Hugging Face name, as the model directory names them.
 
-        Many are views of live parameters in their dtype, on their device: copy what must outlive the next step.
+        Where every rank holds the whole model, many are views of live parameters in their dtype, on their device: copy
+        what must outlive the next step. Else every tensor is gathered to every rank, one at a time, and all ranks must
+        take all of them: the slow way, see `pieces`.
         """
-        return hf_weights(global_tensors(self._cores), self._table, self._ties)
+        return self._weights.whole(self._device)
 
-    def save(self, path: str | Path, state: Mapping[str, Any], *, keep: int | None = None) -> None:
-        """Write a checkpoint: model, optimizer, schedule, random states, and `state`.
+    def pieces(self) -> Iterator[Piece]:
+        """Yield the parts of weights that this rank holds, with their place in the whole; nothing is gathered.
+
+        Collective when it is called first, and never again. As with `weights`, copy what must outlive the next step.
+        """
+        return self._weights.pieces()
+
+    def save(
+        self, path: str | Path, state: Mapping[str, Any], *, keep: int | None = None, asynchronous: bool = False
+    ) -> None:
+        """Write a checkpoint: model, optimizer, schedule, random states, and `state`. Any layout of ranks can load it.
 
         Args:
             path: folder to write, the same on all ranks. `latest` beside it then names it. What is there is replaced,
                 but never the checkpoint that `latest` names.
             state: the caller's own, JSON-able (weight version, data cursor). Rank 0's is written.
             keep: how many of the newest checkpoints beside it to keep; None keeps all.
+            asynchronous: return once everything is copied to the host's memory, and write it while training goes on.
+                Later calls finish it: every `step`, and `save`, `load`, `finish_saving` and `close` wait for it.
+
+        Raises:
+            CheckpointError: it could not be written; older checkpoints are untouched. Of an asynchronous save the call
+                that finishes it raises this.
+        """
+        self._checkpoints.save(Path(path), state, keep, asynchronous=asynchronous)
+
+    def finish_saving(self) -> None:
+        """Wait for an asynchronous save.
 
         Raises:
             CheckpointError: it could not be written; older checkpoints are untouched.
         """
-        learner = self._learner
-        checkpoint.save(Path(path), self._cores, learner.optimizer, learner.scheduler, state, keep)
+        self._checkpoints.wait()
 
     def load(self, path: str | Path) -> dict[str, Any]:
         """Continue from a checkpoint.
@@ -198,22 +228,29 @@ class MegatronTrainer:
         Raises:
             CheckpointError: there is none, it is damaged, or it does not fit.
         """
-        return checkpoint.load(Path(path), self._cores, self._learner.optimizer, self._learner.scheduler)
+        return self._checkpoints.load(Path(path))
 
-    def export(self, path: str | Path) -> None:
+    def export(self, path: str | Path, *, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
         """Write a Hugging Face directory: the weights in the parameters' dtype, config.json and the tokenizer's files.
 
+        Every rank writes files of its own, tensor by tensor; each is read back from the disk.
+
         Args:
-            path: directory to make, the same on all ranks; written by rank 0. An older export there is replaced.
+            path: directory to make, the same on all ranks, on a disk that all of them see. An older export there is
+                replaced.
+            max_shard_bytes: a file is closed before it grows beyond this.
 
         Raises:
             CheckpointError: it could not be written, or did not read back bit for bit; nothing is at `path` then.
         """
-        runtime.on_rank_0(lambda: export_directory(Path(path), self._directory, self.weights))
+        self._weights.export(Path(path), max_shard_bytes=max_shard_bytes)
 
     def close(self) -> None:
-        """Leave the process group. The object is of no use afterwards."""
-        runtime.stop()
+        """Finish an asynchronous save and leave the process group. The object is of no use afterwards."""
+        try:
+            self._checkpoints.wait()
+        finally:
+            runtime.stop()
 
 
 def _whole_step(minibatches: Sequence[Batch]) -> Batch:
@@ -227,9 +264,10 @@ def _whole_step(minibatches: Sequence[Batch]) -> Batch:
     return Batch(**columns)
 
 
-def _with_gradient_buffers(core: Any, args: argparse.Namespace) -> DistributedDataParallel:
+def _with_gradient_buffers(core: Any, args: argparse.Namespace, table: WeightTable) -> DistributedDataParallel:
     """A chunk in Megatron's buffers, laid out for the optimizer that will read them."""
     model = Float16Module(core.config, core) if args.bf16 else core
+    keep_float32([core], table)
     config = get_megatron_ddp_config(args)
     layout = None
     if config.use_distributed_optimizer:

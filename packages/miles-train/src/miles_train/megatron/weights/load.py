@@ -10,10 +10,11 @@ from miles_core.errors import InputError
 from miles_train.megatron.weights.names import local_tensors
 from miles_train.megatron.weights.share import Share
 from miles_train.megatron.weights.table import Region, WeightTable
-from miles_train.model_dir import ModelDirectory
+from miles_train.model_dir import SCALE, ModelDirectory
 from miles_train.tensor_files import MappedFiles
 
-# FP8 weight [N, K] and the factors of its blocks, float32, to numbers [N, K].
+# FP8 weight [N, K], cut at the edges of blocks or of the tensor, and the float32 factors of its blocks, one for each,
+# to numbers [N, K].
 Decode = Callable[[Tensor, Tensor], Tensor]
 # Bytes of this rank's tensors that are filled, and of all of them.
 Progress = Callable[[int, int], None]
@@ -24,9 +25,7 @@ _ROWS_AT_A_TIME = 4096
 def load_weights(
     chunks: Sequence[nn.Module],
     table: WeightTable,
-    directory: ModelDirectory,
-    *,
-    decode: Decode | None = None,
+    source: "Source",
     progress: Progress | None = None,
 ) -> None:
     """Copy from the directory what this rank's tensors hold, in the tensors' dtypes.
@@ -37,24 +36,14 @@ def load_weights(
     Args:
         chunks: of the rank's Megatron model, unwrapped, on any device.
         table: of the same architecture, checked against the directory.
-        directory: where the weights lie.
-        decode: makes numbers of FP8 weights; needed where the directory holds such. Slices begin and end at a block's
-            edge, or at the tensor's.
+        source: where the weights lie.
         progress: told after each tensor.
 
     Raises:
-        InputError: a tensor of the model has no row or a row no tensor, a size does not divide, the directory is
-            quantised and `decode` is not given, or a tied tensor is stored and differs.
+        InputError: a tensor of the model has no row or a row no tensor, a size does not divide, or a tied tensor
+            is stored and differs.
     """
-    if directory.scales is not None and decode is None:
-        raise InputError(
-            f"quantization_config in {directory.path / 'config.json'}",
-            "fp8",
-            "its weights need a decoder, and none was handed in",
-            "Pass `decode`, for example that of miles-precision, or take the unquantised model.",
-        )
-    _check_ties(table, directory)
-    source = _Source(directory, decode)
+    _check_ties(table, source.directory)
     share = Share.of_this_rank(table)
     held = list(local_tensors(chunks))
     share.check(name for name, _ in held)
@@ -78,10 +67,27 @@ def load_weights(
             progress(done, total)
 
 
-class _Source:
+class Source:
     """Parts of parameters out of a directory."""
 
-    def __init__(self, directory: ModelDirectory, decode: Decode | None):
+    def __init__(self, directory: ModelDirectory, decode: Decode | None = None):
+        """Nothing is opened yet.
+
+        Args:
+            directory: to read.
+            decode: makes numbers of FP8 weights.
+
+        Raises:
+            InputError: the directory holds such and there is no decoder.
+        """
+        if directory.scales is not None and decode is None:
+            raise InputError(
+                f"quantization_config in {directory.path / 'config.json'}",
+                "fp8",
+                "its weights need a decoder, and none was handed in",
+                "Pass `decode`, for example that of miles-precision, or take the unquantised model.",
+            )
+        self.directory = directory
         self._files: MappedFiles = directory.reader()
         self._scales, self._decode = directory.scales, decode
 
@@ -111,12 +117,13 @@ class _Source:
             inner.append(slice(region.start[dim] - begin, region.start[dim] - begin + region.size[dim]))
         with (
             self._files.region(region.name, start, size) as weight,
-            self._files.region(region.name + "_scale_inv", blocks, count) as scale,
+            self._files.region(region.name + SCALE, blocks, count) as scale,
         ):
-            matrix, factors = weight.reshape(-1, weight.shape[-1]), scale.reshape(-1, scale.shape[-1]).float()
-            assert lead == 0 or weight.shape[:lead].numel() == 1  # one expert
-            numbers = self._decode(matrix, factors).reshape(size)
-        box = numbers[tuple(inner)]
+            matrices = weight.reshape(-1, *weight.shape[lead:])
+            factors = scale.reshape(-1, *scale.shape[lead:]).float()
+            decoded = [self._decode(*pair) for pair in zip(matrices, factors, strict=True)]
+            numbers = decoded[0] if len(decoded) == 1 else torch.stack(decoded)
+        box = numbers.reshape(size)[tuple(inner)]
         return box[0] if region.is_stacked else box
 
 
