@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import io
 import json
+import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,7 +14,10 @@ from miles_core.errors import InputError
 from miles_train.megatron._environment import quietly
 from miles_train.megatron.layout import Layout
 from miles_train.megatron.settings import SECTION, TESTED_VERSION, known_arguments
+from miles_train.megatron.specs.backend import TRANSFORMER_ENGINE, choose_implementation
 from miles_train.megatron.upstream import add_megatron_arguments, validate_args
+
+_logger = logging.getLogger(__name__)
 
 
 def parse_arguments(
@@ -36,7 +40,9 @@ def parse_arguments(
     _refuse_derived(megatron, model)
     parser = _parser()
     args = parser.parse_args(_command_line(parser, megatron))
-    vars(args).update(_defaults(megatron, layout), **model, **_owned(layout, seed, on_gpu))
+    implementation = _implementation(megatron, on_gpu)
+    vars(args).update(_defaults(megatron, layout) | _fusions(implementation, megatron, model) | dict(model))
+    vars(args).update(_owned(layout, seed, on_gpu), transformer_impl=implementation)
     args.rank, args.world_size = rank, layout.world_size
     # Nothing reads it but a rule that it divides; sequences are padded to what divides (see `logprobs`).
     args.seq_length -= args.seq_length % (2 * layout.context)
@@ -117,13 +123,39 @@ def _command_line(parser: argparse.ArgumentParser, megatron: Mapping[str, Any]) 
     return line
 
 
+def _implementation(megatron: Mapping[str, Any], on_gpu: bool) -> str:
+    """`transformer_impl`: what was asked for, or what the machine has."""
+    chosen, reason = choose_implementation(on_gpu=on_gpu, bf16=bool(megatron.get("bf16")))
+    asked = megatron.get("transformer_impl", chosen)
+    if asked == TRANSFORMER_ENGINE and chosen != TRANSFORMER_ENGINE:
+        raise InputError(f"{SECTION}.transformer_impl", asked, reason, "Remove the key.")
+    if on_gpu and asked == chosen != TRANSFORMER_ENGINE:
+        _logger.warning("the model is built without Transformer Engine, which is slower: %s", reason)
+    return asked
+
+
+def _fusions(implementation: str, megatron: Mapping[str, Any], model: Mapping[str, Any]) -> dict[str, bool]:
+    """Fused kernels that compute the same; a model may say otherwise, and of grouped products the user.
+
+    Latent attention rotates part of a head in a way of its own. The fused SwiGLU leaves out a clamp, without a word.
+    """
+    fused = implementation == TRANSFORMER_ENGINE
+    ours = {
+        "apply_rope_fusion": fused and not model.get("multi_latent_attention"),
+        "bias_swiglu_fusion": fused and model.get("activation_func_clamp_value") is None,
+        "moe_permute_fusion": fused,
+        "moe_grouped_gemm": fused and "num_experts" in model,
+    }
+    return {key: value for key, value in ours.items() if key not in megatron}
+
+
 def _defaults(megatron: Mapping[str, Any], layout: Layout) -> dict[str, Any]:
     """Where this trainer's default is not Megatron's.
 
     Megatron's schedule decays over the run by default, whose length a trainer does not know; it pads the vocabulary to
     a multiple of 128 for its GPU kernels, eight times the work for a vocabulary of 16; it leaves activations between
-    tensor-parallel layers whole, which costs memory and which mixtures of experts cannot do; and it sends every token
-    to all experts' ranks, which takes micro-batches of one shape.
+    tensor-parallel layers whole, which costs memory and which mixtures of experts cannot do; and it sends every
+    token to all experts' ranks, which takes micro-batches of one shape.
     """
     ours = {
         "lr_decay_style": "constant",
@@ -137,8 +169,8 @@ def _defaults(megatron: Mapping[str, Any], layout: Layout) -> dict[str, Any]:
 def _owned(layout: Layout, seed: int, on_gpu: bool) -> dict[str, Any]:
     """What the trainer decides; the reasons stand in `settings.OWNED`."""
     off = (
-        "bias_dropout_fusion bias_gelu_fusion bias_swiglu_fusion masked_softmax_fusion apply_rope_fusion "
-        "gradient_accumulation_fusion perform_initialization check_for_nan_in_loss_and_grad"
+        "bias_dropout_fusion bias_gelu_fusion masked_softmax_fusion gradient_accumulation_fusion "
+        "perform_initialization check_for_nan_in_loss_and_grad"
     )
     return {
         **dict.fromkeys(off.split(), False),
@@ -148,7 +180,6 @@ def _owned(layout: Layout, seed: int, on_gpu: bool) -> dict[str, Any]:
         "no_persist_layer_norm": True,
         "micro_batch_size": 1,
         "seed": seed,
-        "transformer_impl": "local",
         "use_cpu_initialization": not on_gpu,
         "use_distributed_optimizer": layout.num_shards * layout.context > 1,
         "distributed_backend": "nccl" if on_gpu else "gloo",

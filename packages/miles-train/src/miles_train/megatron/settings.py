@@ -50,20 +50,24 @@ DERIVED = _names(
 
 _NO_BALANCING = "the recipe's loss is the only one: a loss that balances experts would pull the policy elsewhere"
 
+_FUSIONS = "fusions follow from transformer_impl: with Transformer Engine those are on that change no result"
+
 OWNED: Mapping[str, str] = {
+    "apply_rope_fusion": _FUSIONS,
     "attention_dropout": "dropout is off: the trainer's logprobs must be those of the engine",
-    "bias_dropout_fusion": "fusions that need a compiler or a GPU extension are off",
-    "bias_gelu_fusion": "fusions that need a compiler or a GPU extension are off",
-    "bias_swiglu_fusion": "fusions that need a compiler or a GPU extension are off",
+    "bias_dropout_fusion": _FUSIONS,
+    "bias_gelu_fusion": _FUSIONS,
+    "bias_swiglu_fusion": _FUSIONS,
     "calculate_per_token_loss": "the batch's loss_weights already say what each token counts",
     "check_for_nan_in_loss_and_grad": "a non-finite loss or gradient always stops the step",
     "deterministic_mode": "it is the trainer's own parameter `deterministic`",
     "distributed_backend": "it follows from the device",
     "global_batch_size": "a step trains on the batch it is given",
-    "gradient_accumulation_fusion": "fusions that need a compiler or a GPU extension are off",
+    "gradient_accumulation_fusion": _FUSIONS,
     "hidden_dropout": "dropout is off: the trainer's logprobs must be those of the engine",
-    "masked_softmax_fusion": "fusions that need a compiler or a GPU extension are off",
+    "masked_softmax_fusion": _FUSIONS,
     "moe_aux_loss_coeff": _NO_BALANCING,
+    "moe_permute_fusion": _FUSIONS,
     "moe_router_load_balancing_type": _NO_BALANCING,
     "moe_router_bias_update_rate": "the bias of the router is a weight of the model directory that no step changes",
     "moe_z_loss_coeff": _NO_BALANCING,
@@ -73,7 +77,6 @@ OWNED: Mapping[str, str] = {
     "overlap_p2p_comm": "it follows from the pipeline: virtual stages need it, others forbid it",
     "perform_initialization": "all weights come from the model directory",
     "seed": "it is the trainer's own parameter `seed`",
-    "transformer_impl": "it follows from the model's layer spec",
     "use_cpu_initialization": "it follows from the device",
     "use_distributed_optimizer": "it follows from the layout: wherever several ranks hold the same weights",
 }
@@ -88,7 +91,7 @@ READ = _names(
     tensor_model_parallel_size sequence_parallel pipeline_model_parallel_size num_layers_per_virtual_pipeline_stage
     num_virtual_stages_per_pipeline_rank decoder_first_pipeline_num_layers decoder_last_pipeline_num_layers
     pipeline_model_parallel_layout context_parallel_size expert_model_parallel_size expert_tensor_parallel_size
-    moe_token_dispatcher_type moe_grouped_gemm
+    moe_token_dispatcher_type moe_grouped_gemm transformer_impl
     """
 )
 
@@ -181,6 +184,8 @@ def _check_settable(key: str, value: Any, argument: Argument) -> None:
         rule, way_out = OWNED[dest], "Remove the key."
     elif dest not in READ:
         rule, way_out = "nothing reads it in this trainer, so it would have no effect", "Remove the key."
+    elif dest == "transformer_impl" and value == "inference_optimized":
+        rule, way_out = "it has no backward pass", 'Remove the key, or set "local".'
     elif dest == "moe_token_dispatcher_type" and value == "allgather":
         rule, way_out = "needs micro-batches of one shape on all ranks, which these are not", 'Set "alltoall".'
     else:
@@ -232,6 +237,13 @@ def _check_together(values: Mapping[str, Any]) -> None:
     if not values.get("recompute_granularity") and not values.get("recompute_activations"):
         for key in ("recompute_method", "recompute_num_layers", "recompute_modules"):
             _inert(values, key, "nothing is recomputed", "Set recompute_granularity.")
+    if values.get("transformer_impl") == "transformer_engine" and not values.get("bf16"):
+        raise InputError(
+            f"{SECTION}.transformer_impl",
+            "transformer_engine",
+            "needs bf16 = true: its attention kernels do not compute in float32",
+            "Set bf16 = true, or remove the key.",
+        )
     if not values.get("bf16"):
         for key in ("accumulate_allreduce_grads_in_fp32", "grad_reduce_in_bf16", "fp32_residual_connection"):
             _inert(values, key, "the model is in float32", "Set bf16 = true.")
