@@ -133,6 +133,9 @@ def _divided(layout: Layout, model: Mapping[str, Any]) -> Iterator[tuple[str, in
     yield _KEYS["tensor"], layout.tensor, ("num_attention_heads", "intermediate_size")
     if not model.get("kv_lora_rank"):  # latent attention has no key-value heads, whatever the config says
         yield _KEYS["tensor"], layout.tensor, ("num_key_value_heads",)
+    # Linear attention's heads are divided over context-parallel ranks as well, each with the whole sequence then.
+    both = f"{_KEYS['tensor']} * {_KEYS['context']}"
+    yield both, layout.tensor * layout.context, ("linear_num_key_heads", "linear_num_value_heads")
     yield _KEYS["expert"], layout.expert, _EXPERTS
     yield _KEYS["expert_tensor"], layout.expert_tensor, ("moe_intermediate_size",)
 
