@@ -1,5 +1,7 @@
 """What a family's tests check: one random model, made by transformers, in both."""
 
+import json
+
 import numpy as np
 
 LOGITS = 1e-4  # of the largest
@@ -7,10 +9,24 @@ GRADIENTS = 1e-3  # of the norm
 NOISE = 1e-7  # of the largest norm: a gradient that is 0 but for rounding (a router's whose weights are always 1)
 
 
-def assert_agrees(ranks, path, model_type, values, dtype="float32"):
-    """Make a model at `path`; its logits, gradients and tensors after import and export are those of transformers."""
+def assert_agrees(ranks, path, model_type, values, dtype="float32", without=(), added=(), settings=None):
+    """Make a model at `path`; its logits, gradients and tensors after import and export are those of transformers.
+
+    Args:
+        ranks: the fixture.
+        path: directory to make.
+        model_type: of transformers.
+        values: of its config.
+        dtype: of the stored weights.
+        without: keys to remove from config.json,
+        added: and values to add: both read what is left.
+        settings: of the trainer.
+    """
     ranks.run_one("in_rank_reference.make_reference_model", path, model_type, values, dtype)
-    assert differences(ranks.run_one("in_rank_reference.compare_with_transformers", path)) == []
+    config = json.loads((path / "config.json").read_text())
+    config = {key: value for key, value in config.items() if key not in without} | dict(added)
+    (path / "config.json").write_text(json.dumps(config))
+    assert differences(ranks.run_one("in_rank_reference.compare_with_transformers", path, settings)) == []
 
 
 def differences(result):

@@ -1,5 +1,6 @@
 """Our model beside transformers', in a rank's process."""
 
+import contextlib
 import tempfile
 
 import numpy as np
@@ -9,7 +10,6 @@ from safetensors.torch import load_file
 from train_tiny import batch_of
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from miles_train.export import export_directory
 from miles_train.megatron import MegatronTrainer, cpu_shim
 from miles_train.megatron.runtime import Address
 from miles_train.megatron.trainer import Hooks
@@ -68,14 +68,23 @@ def compare_with_transformers(address, path, settings=None, reference_path=None,
         address=Address(address[0], address[1], address[2], next(address[3])),
         hooks=Hooks(after_model_init=models.extend),
     )
+    with contextlib.closing(trainer):
+        return _compare(trainer, models[0], path, reference_path or path, prefix)
+
+
+def _compare(trainer, model, path, reference_path, prefix):
     reference = AutoModelForCausalLM.from_pretrained(
-        reference_path or path, attn_implementation="eager", dtype=torch.float32
+        # Transformers' other experts refuse sizes that are no multiples of 16 bytes.
+        reference_path,
+        attn_implementation="eager",
+        experts_implementation="eager",
+        dtype=torch.float32,
     )
     batch = batch_of(num_samples=6)
     ends = batch.offsets[1:-1]
     samples = [torch.from_numpy(part).long() for part in np.split(batch.tokens, ends)]
     masks = [torch.from_numpy(part) for part in np.split(batch.loss_mask, ends)]
-    ours_all = [ours_logits(models[0], tokens) for tokens in samples]
+    ours_all = [ours_logits(model, tokens) for tokens in samples]
     theirs_all = [reference(tokens[None]).logits[0] for tokens in samples]
     losses = [
         -logits.log_softmax(-1)[:-1].gather(-1, tokens[1:, None])[:, 0][mask[1:]].sum()
@@ -85,13 +94,13 @@ def compare_with_transformers(address, path, settings=None, reference_path=None,
     theirs = {prefix + name: gradient for name, gradient in stored_gradients(reference).items()}
     changed = changed_tensors(trainer, path)
     trainer.step([batch])
-    tensors = model_tensors(models[0].module)
+    tensors = model_tensors(model.module)
     gradients = {name: gradient_of(tensor) for name, tensor in tensors.items()}
     ours = dict(hf_weights(gradients, trainer._table, {}))
     ours |= {name: torch.zeros_like(theirs[name]) for name in theirs if trainer._table.is_outside(name)}
-    trainer.close()
     return {
-        "logits": [(a, b.detach().numpy()) for a, b in zip(ours_all, theirs_all, strict=True)],
+        # Ours may be padded.
+        "logits": [(a[:, : b.shape[1]], b.detach().numpy()) for a, b in zip(ours_all, theirs_all, strict=True)],
         "gradients": {name: (ours[name].numpy(), theirs[name].numpy()) for name in theirs},
         "exported": changed,
     }
@@ -136,7 +145,7 @@ def export_and_compare(address, path, folder):
     """Logprobs of a trained model, ours and those of its export in transformers."""
     trainer = make_trainer(address, path)
     trainer.step([batch_of()])
-    export_directory(folder / "sharded", open_model_directory(path), trainer.weights, max_shard_bytes=20_000)
+    trainer.export(folder / "sharded", max_shard_bytes=20_000)
     batch = batch_of().take([0])
     ours = trainer.logprobs(batch)[1:]
     trainer.close()

@@ -36,7 +36,9 @@ def test_stacked_and_whole_are_undone(num_parts, rows):
 
 def test_every_name_occurs_once():
     for architecture in ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"):
-        table = TABLES[architecture]({**train_tiny.CONFIG, "architectures": [architecture], "attention_bias": True, "mlp_bias": True})
+        table = TABLES[architecture](
+            {**train_tiny.CONFIG, "architectures": [architecture], "attention_bias": True, "mlp_bias": True}
+        )
         rows = list(table.expand())
         names = [name for row in rows for name in row.hf]
         assert len(names) == len(set(names)) == len(table.shapes())

@@ -7,6 +7,7 @@ directories also hold layers that predict further tokens, after the last; transf
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from miles_core.errors import InputError
 from miles_train.megatron.dense_config import read_dense_config
 from miles_train.megatron.moe_config import MoEConfig, MoEDecoder
 from miles_train.megatron.weights._moe import moe_decoder_table
@@ -38,6 +39,10 @@ def read_config(config: Mapping[str, Any]) -> MoEDecoder:
     layers = tuple(range(config["first_k_dense_replace"], dense.num_layers))
     if not layers:
         return MoEDecoder(dense, None, ())
+    if config["n_shared_experts"] < 1:
+        raise InputError(
+            "n_shared_experts", config["n_shared_experts"], "must be at least 1", "Use the config that the model has."
+        )
     moe = MoEConfig(
         num_experts=config["n_routed_experts"],
         top_k=config["num_experts_per_tok"],
