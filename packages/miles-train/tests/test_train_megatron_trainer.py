@@ -44,7 +44,7 @@ def test_two_ranks_learn_as_one_does(ranks, model_path):
     two = ranks.run("in_rank_trainer.train", model_path, None, world_size=2)
     assert two[0][0] == two[1][0]  # metrics
     for metrics_one, metrics_two in zip(one[0], two[0][0], strict=True):
-        for name in set(metrics_one) - {"gap_rank", "gap_sample"}:
+        for name in set(metrics_one) - {"gap_shard", "gap_sample"}:
             assert metrics_two[name] == pytest.approx(metrics_one[name], rel=1e-4, abs=1e-6), name
     assert_same_training(two[0][1], one[1])
     for name, weight in two[0][1].items():
@@ -53,8 +53,8 @@ def test_two_ranks_learn_as_one_does(ranks, model_path):
 
 def test_two_ranks_find_the_largest_gap_where_it_is(ranks, model_path):
     (metrics, _), _ = ranks.run("in_rank_trainer.train", model_path, None, 11, world_size=2)
-    # Sample 11 went to rank 1 as its sixth; its last token has the largest gap by far.
-    assert [metrics[0][key] for key in ("gap_rank", "gap_sample")] == [1.0, 5.0]
+    # Sample 11 went to shard 1 as its sixth; its last token has the largest gap by far.
+    assert [metrics[0][key] for key in ("gap_shard", "gap_sample")] == [1.0, 5.0]
     assert metrics[0]["gap_position"] == train_tiny.batch_of().lengths[11] - 1
 
 

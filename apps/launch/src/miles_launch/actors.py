@@ -158,12 +158,9 @@ class TrainerActor:
         sync_token: str,
     ):
         """Build the model with its weights, or continue from a checkpoint."""
-        import torch  # noqa: PLC0415 (its own process alone)
-
-        from miles_train.megatron.runtime import Address  # noqa: PLC0415
+        from miles_train.megatron.runtime import Address  # noqa: PLC0415 (its own process alone)
         from miles_train.megatron.trainer import Hooks, MegatronTrainer  # noqa: PLC0415
 
-        torch.set_num_threads(1)
         self._recipe, self._rank, self._run_path, self._sync_token = recipe, rank, Path(run_path), sync_token
         specs = {name: getattr(recipe.hooks, name) for name in TRAINER_HOOKS}
         loaded = {
@@ -207,6 +204,8 @@ class TrainerActor:
     def push(self, weight_version: int) -> dict[str, float]:
         """Push the weights to all engines (rank 0) and check that each serves the version it was sent."""
         if self._sync is None:
+            for _ in self._trainer.weights():
+                pass  # collective: where ranks share the model, rank 0 has its tensors from all of them
             return {}
         report = self._sync.push(self._trainer.weights(), weight_version)
         times = {f"perf/time/sync/{stage}": seconds for stage, seconds in report.seconds.items()}

@@ -1,5 +1,6 @@
 """From a recipe to everything that can be known to be right before a process starts."""
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ from miles_core.hooks import (
 from miles_launch.recorder import DriverHooks
 from miles_rollout.rewards.load import full_name
 from miles_rollout.sglang.arguments import check_arguments
+from miles_train.megatron.layout import Layout, check_layout
 from miles_train.megatron.settings import check_settings
 
 # Where the trainer's and the engine's arithmetic differ by rounding alone; measured gaps are 10 to 100 times smaller.
@@ -62,6 +64,7 @@ class Prepared:
 
     recipe: Recipe
     model_path: Path
+    layout: Layout
     source: DataSource
     advantage: Advantage
     hooks: DriverHooks
@@ -80,10 +83,12 @@ def prepare(recipe: Recipe) -> Prepared:
     check_arguments(recipe.rollout.sglang)
     _check_actor_hooks(recipe)
     hooks = recipe.hooks
+    model_path = _model(recipe)
     dtype = "bfloat16" if recipe.train.megatron.get("bf16") else "float32"
     return Prepared(
         recipe=recipe,
-        model_path=_model(recipe),
+        model_path=model_path,
+        layout=check_layout(recipe.train.megatron, recipe.train.num_ranks, _config(model_path)),
         source=_source(recipe),
         advantage=_advantage(recipe.algorithm.advantage),
         hooks=DriverHooks(
@@ -121,6 +126,14 @@ def _model(recipe: Recipe) -> Path:
             "Download the model there, or name code that makes it in model.source.",
         )
     return path
+
+
+def _config(model_path: Path) -> Mapping[str, Any]:
+    file = model_path / "config.json"
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(str(file), "...", f"must be JSON: {error}", "Download it again.") from None
 
 
 def _source(recipe: Recipe) -> DataSource:

@@ -14,6 +14,7 @@ from miles_core.hooks import DataSource
 from miles_core.observe import PhaseClock
 from miles_core.queue import Lease
 from miles_core.types import Floats
+from miles_train.megatron.layout import Layout
 
 ANSWER_MARGIN_S = 30.0  # at its own deadline the worker drops what is late; its answer comes a moment after
 
@@ -85,18 +86,18 @@ class GroupBatcher:
     advantage: Advantage
     reduction: Reduction
     num_minibatches: int
-    num_ranks: int
+    num_shards: int
     clock: PhaseClock
     shuffle_seed: int | None = None
 
     def build(self, step: int, groups: Sequence[Group]) -> Sequence[Sequence[Batch]]:
-        """Return minibatches, each one shard per rank."""
+        """Return minibatches, each one of shards, one per copy of the model."""
         with self.clock.phase("batch"):
             rewards = [group.rewards for group in groups]
             if self.shuffle_seed is not None:
                 rewards = _shuffled(rewards, np.random.default_rng([self.shuffle_seed, step]))
             batch = make_batch(groups, self.advantage(rewards), self.reduction)
-            return split_minibatches(shard(batch, self.num_ranks, self.num_minibatches), self.num_minibatches)
+            return split_minibatches(shard(batch, self.num_shards, self.num_minibatches), self.num_minibatches)
 
 
 def _shuffled(rewards: Sequence[Floats], generator: np.random.Generator) -> list[Floats]:
@@ -106,17 +107,23 @@ def _shuffled(rewards: Sequence[Floats], generator: np.random.Generator) -> list
 
 @dataclass(frozen=True, slots=True)
 class ActorTrainer:
-    """All trainer ranks as one."""
+    """All trainer ranks as one.
+
+    Attributes:
+        layout: which rank brings which shard to a step.
+    """
 
     crew: Crew
     ranks: Sequence[Member]
+    layout: Layout
     deadline_s: float
     clock: PhaseClock
 
     async def step(self, minibatches: Sequence[Sequence[Batch]]) -> Mapping[str, float]:
-        """Give every rank its shards; the metrics are equal on all ranks, rank 0's are returned."""
+        """Give every rank the shards of its copy of the model; the metrics, equal on all ranks, are rank 0's."""
         with self.clock.phase("train"):
-            arguments = [([shards[rank] for shards in minibatches],) for rank in range(len(self.ranks))]
+            shard_of = [self.layout.shard_of(rank) for rank in range(len(self.ranks))]
+            arguments = [([shards[number] for shards in minibatches],) for number in shard_of]
             return (await self.crew.call_all(self.ranks, "step", arguments, self.deadline_s))[0]
 
     async def save(self, step: int, state: Mapping[str, object]) -> str:

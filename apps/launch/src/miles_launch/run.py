@@ -160,7 +160,7 @@ async def _loop(
         recipe.rollout.prompts_per_step, recipe.rollout.deadline_s, clock, checkpoint.cursor,
         recipe.controls.freeze_engine,
     )  # fmt: skip
-    trainer = ActorTrainer(crew, crewed.trainers, step_s, clock)
+    trainer = ActorTrainer(crew, crewed.trainers, prepared.layout, step_s, clock)
     sync = ActorSync(crew, crewed.trainers, recipe.sync.deadline_s, clock, recipe.controls.freeze_engine)
     recorder = RunRecorder(
         log=MetricsLog(run_dir.metrics, checkpoint.step, [console, *sinks]),
@@ -169,7 +169,8 @@ async def _loop(
         last_step=recipe.train.steps - 1, stop=stop, hooks=prepared.hooks,
     )  # fmt: skip
     batcher = GroupBatcher(
-        prepared.advantage, recipe.algorithm.reduction, recipe.algorithm.num_minibatches, recipe.train.num_ranks, clock,
+        prepared.advantage, recipe.algorithm.reduction, recipe.algorithm.num_minibatches, prepared.layout.num_shards,
+        clock,
         shuffle_seed=recipe.seed if recipe.controls.shuffle_rewards else None,
     )  # fmt: skip
     steps = range(checkpoint.step, recipe.train.steps)

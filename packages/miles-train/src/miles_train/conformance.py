@@ -72,6 +72,13 @@ def learns(subject: Subject, folder: Path) -> None:
     assert after > before, f"mean logprob of rewarded tokens went from {before} to {after}"
 
 
+def says_its_shard(subject: Subject, folder: Path) -> None:
+    """The only rank brings the only shard."""
+    with closing(subject.make()) as trainer:
+        told = trainer.shard, trainer.num_shards
+    assert told == (0, 1), f"shard and num_shards of a trainer of one rank are {told}"
+
+
 def resumes(subject: Subject, folder: Path) -> None:
     """Saving and loading between updates changes nothing, bit for bit, and the caller's state comes back."""
     batches = [subject.batch(seed) for seed in range(4)]
@@ -202,6 +209,7 @@ def stops_on_a_non_finite_loss(subject: Subject, folder: Path) -> None:
 
 CHECKS: tuple[Check, ...] = (
     learns,
+    says_its_shard,
     resumes,
     resumes_from_the_start,
     refuses_what_is_no_checkpoint,

@@ -11,10 +11,26 @@ if TYPE_CHECKING:  # a driver that checks settings imports this package, and not
 
 
 class Trainer(Protocol):
-    """One rank that holds a policy and learns from batches. Every method is collective over the trainer's ranks."""
+    """One rank that holds a policy, or part of one, and learns from batches.
+
+    Every method is collective: all ranks call it, in the same order. Where several ranks hold parts of one copy of the
+    policy (tensor, pipeline, context parallelism) they must be given the same samples: a batch is dealt to copies, not
+    to ranks, in `num_shards` shards, and a rank brings shard number `shard` to `step` and `logprobs`. A driver that
+    has no trainer of its own knows both from `miles_train.megatron.layout.Layout`.
+    """
+
+    @property
+    def shard(self) -> int:
+        """Which shard of every batch this rank must be given, from 0."""
+        ...
+
+    @property
+    def num_shards(self) -> int:
+        """Into how many shards a batch is dealt: copies of the policy."""
+        ...
 
     def step(self, minibatches: Sequence[Batch]) -> Mapping[str, float]:
-        """Update once per minibatch; this rank's shard of each.
+        """Update once per minibatch; this rank's shard of each, which may be empty.
 
         Returns:
             Metrics, equal on all ranks: at least `loss`, `grad_norm`, `lr`, `entropy`, `logprob_gap` and `k3_kl`.
@@ -25,11 +41,14 @@ class Trainer(Protocol):
         ...
 
     def logprobs(self, batch: Batch) -> Floats:
-        """Log probability of every token under the current weights, float32 [T]; 0 for the first of each sample."""
+        """Log probability of every token under the current weights, float32 [T]; 0 for the first of each sample.
+
+        Every rank has those of the batch it was given.
+        """
         ...
 
     def weights(self) -> Iterator[tuple[str, "Tensor"]]:
-        """Yield every weight under its Hugging Face name. May be views that the next step changes."""
+        """Yield every weight under its Hugging Face name, whole, on every rank. May be views that a step changes."""
         ...
 
     def save(self, path: str | Path, state: Mapping[str, Any], *, keep: int | None = None) -> None:

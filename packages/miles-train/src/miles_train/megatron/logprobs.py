@@ -20,6 +20,8 @@ from torch import Tensor, distributed
 
 from miles_train.megatron import zigzag
 from miles_train.megatron.head import HeadOptions, head_logprobs
+from miles_train.megatron.packing import packed_params
+from miles_train.megatron.runtime import on_device
 from miles_train.megatron.upstream import (
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
@@ -28,8 +30,10 @@ from miles_train.megatron.upstream import (
 from miles_train.microbatches import MicroBatch
 
 # More logits than this are made in chunks, and again for the backward pass: small beside a layer's activations, large
-# enough for a full GEMM.
+# enough for a full GEMM. On a GPU more are kept: making them again is a third more work in the head.
 MAX_LOGITS_BYTES = 256 * 2**20
+_GPU_CHUNK_BYTES = 2**30
+_GPU_KEPT_SHARE = 1 / 8  # of its memory
 
 
 def token_logprobs(
@@ -56,28 +60,31 @@ def token_logprobs(
         gradient, and the entropy in nats of the distribution it was drawn from; float32 [M] each. From other chunks
         the hidden states.
     """
-    tokens = _padded(torch.from_numpy(micro.tokens).to(device))
-    rows, positions, targets = (
-        torch.from_numpy(index).to(device) for index in (micro.rows, micro.positions, micro.targets)
-    )
+    tokens = _padded(on_device(micro.tokens, device))
+    rows, positions, targets = (on_device(index, device) for index in (micro.rows, micro.positions, micro.targets))
     mine, places = _own_tokens(tokens.shape[1], positions)
-    group = parallel_state.get_tensor_model_parallel_group()
+    group: Any = parallel_state.get_tensor_model_parallel_group()
     options = HeadOptions(
-        vocab_size,
-        temperature,
-        entropy_grad,
-        group if group.size() > 1 else None,
-        max_kept_bytes=MAX_LOGITS_BYTES,
-        chunk_bytes=MAX_LOGITS_BYTES,
+        vocab_size, temperature, entropy_grad, group if group.size() > 1 else None, *_logits_bytes(device)
     )
 
     def head(hidden_states: Tensor, output_layer: Any, output_weight: Tensor | None, **_: Any) -> tuple[Tensor, Tensor]:
-        selected = _whole(hidden_states, output_layer)[places, rows[mine]]  # [S, B, H] -> [M, H]
+        hidden = _whole(hidden_states, output_layer)
+        # [S, B, H] -> [M, H]; the backward pass of an index per dim would sort them.
+        selected = hidden.flatten(0, 1).index_select(0, places * hidden.shape[1] + rows[mine])
         weight = output_layer.weight if output_weight is None else output_weight
         return _over_context_ranks(head_logprobs(selected, weight, targets[mine], options), mine, len(targets))
 
     tokens = tokens[:, _positions_here(tokens.shape[1], device)]
-    return model(tokens, torch.zeros_like(tokens), None, output_processor=head)
+    packing = packed_params(micro, device)
+    return model(tokens, torch.zeros_like(tokens), None, packed_seq_params=packing, output_processor=head)
+
+
+def _logits_bytes(device: torch.device) -> tuple[int, int]:
+    """Most bytes of logits that wait for the backward pass, and that are made at once otherwise."""
+    if device.type != "cuda":
+        return MAX_LOGITS_BYTES, MAX_LOGITS_BYTES
+    return int(torch.cuda.get_device_properties(device).total_memory * _GPU_KEPT_SHARE), _GPU_CHUNK_BYTES
 
 
 def _padded(tokens: Tensor) -> Tensor:
@@ -118,7 +125,7 @@ def _whole(hidden: Tensor, output_layer: Any) -> Tensor:
 
 def _over_context_ranks(columns: tuple[Tensor, Tensor], mine: Any, count: int) -> tuple[Tensor, Tensor]:
     """Of each column [mine] the whole [count]: what every rank of the context-parallel group computed, in place."""
-    group = parallel_state.get_context_parallel_group()
+    group: Any = parallel_state.get_context_parallel_group()
     if group.size() == 1:
         return columns
     both = torch.stack(columns)

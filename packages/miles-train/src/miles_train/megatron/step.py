@@ -26,7 +26,7 @@ from miles_train.megatron.upstream import (
     get_forward_backward_func,
     parallel_state,
 )
-from miles_train.microbatches import MicroBatch, cut
+from miles_train.microbatches import MicroBatch, cut, cut_packed
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -45,6 +45,7 @@ class Learner:
         micro_batch_tokens: most tokens of a micro-batch, padding included.
         temperature: of the sampling engine.
         device: of the model.
+        packed: whether a micro-batch is one row of samples end to end, instead of padded rows.
     """
 
     chunks: Sequence[DistributedDataParallel]
@@ -55,6 +56,7 @@ class Learner:
     micro_batch_tokens: int
     temperature: float
     device: torch.device
+    packed: bool = False
 
     def logprobs(self, batch: Batch, *, all_tokens: bool) -> Tensor:
         """Log probability of each token under the current weights, without gradient.
@@ -78,7 +80,7 @@ class Learner:
         results = self._run(forward, micros, forward_only=True) if micros else []
         if _is_last_stage():
             for micro, logprobs in zip(micros, results, strict=True):
-                column[torch.from_numpy(micro.columns[micro.selected]).to(self.device)] = logprobs
+                column[runtime.on_device(micro.columns[micro.selected], self.device)] = logprobs
         return _from_last_stage(column)
 
     def step(self, minibatches: Sequence[Batch]) -> dict[str, float]:
@@ -124,7 +126,7 @@ class Learner:
                 per_token, metrics = self.loss(inputs)
             if old is None and not is_empty:
                 before[columns.flat(micro)] = inputs.logprobs.detach()
-            total = (weights * per_token)[inputs.loss_mask].sum()
+            total = (weights * per_token).masked_fill(~inputs.loss_mask, 0.0).sum()
             loss_sum.add_(total.detach())
             sums.add_tokens({**metrics, "entropy": columns.scatter(micro, output[1])}, inputs.loss_mask)
             return total, num_tokens, {}
@@ -145,7 +147,12 @@ class Learner:
 
     def _cut(self, batch: Batch, *, all_tokens: bool = False) -> list[MicroBatch]:
         """Micro-batches of the batch, and fillers where ranks or stages need another number of them."""
-        micros = list(cut(batch, self.micro_batch_tokens, all_tokens=all_tokens)) if len(batch.lengths) else []
+        micros: list[MicroBatch] = []
+        if len(batch.lengths) and self.packed:
+            multiple = parallel_state.get_tensor_model_parallel_world_size()
+            micros = list(cut_packed(batch, self.micro_batch_tokens, all_tokens=all_tokens, multiple=multiple))
+        elif len(batch.lengths):
+            micros = list(cut(batch, self.micro_batch_tokens, all_tokens=all_tokens))
         return micros + [_filler()] * (self._num_micro_batches(len(micros)) - len(micros))
 
     def _num_micro_batches(self, count: int) -> int:
@@ -182,6 +189,11 @@ class Learner:
 
         `forward` is called for each of them with each chunk of the rank; the function that it returns, on the last
         stage alone. Without gradient, what that returned comes back, in the order of the micro-batches.
+
+        Virtual stages need Megatron's overlapped communication, which is what its arguments say by default. Batched, a
+        stage sends activations on and gradients back in one go, and where there are two stages both go to the same
+        rank, which takes one for the other: nothing fails, and losses and gradients are wrong (`validate_args` in
+        megatron/training/arguments.py refuses that; configs made by hand do not meet it).
         """
 
         def forward_step(iterator: Iterator[MicroBatch], chunk: Any) -> tuple[Any, Callable[..., Any]]:
@@ -233,15 +245,15 @@ class _Columns:
     @classmethod
     def of(cls, batch: Batch, device: torch.device) -> "_Columns":
         names = ("rollout_logprobs", "advantages", "loss_mask", "loss_weights")
-        return cls(*(torch.from_numpy(np.ascontiguousarray(getattr(batch, name))).to(device) for name in names))
+        return cls(*(runtime.on_device(getattr(batch, name), device) for name in names))
 
     def flat(self, micro: MicroBatch) -> Tensor:
         """Where the tokens of a micro-batch lie in the batch's columns, int64 [T]."""
-        return torch.from_numpy(micro.columns).to(self.loss_mask.device)
+        return runtime.on_device(micro.columns, self.loss_mask.device)
 
     def scatter(self, micro: MicroBatch, values: Tensor) -> Tensor:
         """[M] at the selected tokens to [T] over all tokens of the micro-batch, 0 elsewhere."""
-        selected = torch.from_numpy(micro.selected).to(values.device)
+        selected = runtime.on_device(micro.selected, values.device)
         return values.new_zeros(len(micro.columns)).index_put((selected,), values)
 
     def inputs(
@@ -258,7 +270,7 @@ class _Columns:
             advantages=self.advantages[flat],
             loss_mask=self.loss_mask[flat],
             entropy=self.scatter(micro, entropy) if needs_entropy else None,
-            sample_index=torch.from_numpy(sample_index).to(flat.device),
+            sample_index=runtime.on_device(sample_index, flat.device),
         )
         return inputs, self.loss_weights[flat]
 
@@ -278,7 +290,8 @@ class _Sums:
     def add_tokens(self, columns: Mapping[str, Tensor], mask: Tensor) -> None:
         """Add per-token columns [T] over the mask."""
         for name, column in {**columns, "": torch.ones_like(mask, dtype=torch.float32)}.items():
-            total = column.detach()[mask].sum(dtype=torch.float64)
+            # Not an index by the mask: its length would be waited for.
+            total = column.detach().masked_fill(~mask, 0).sum(dtype=torch.float64)
             self.tokens[name] = self.tokens[name] + total if name in self.tokens else total
 
     def add_gap(self, batch: Batch, logprobs: Tensor, first_sample: int) -> None:
@@ -357,8 +370,8 @@ def _placeholder(batch: Batch) -> Batch:
 
 def _filler() -> MicroBatch:
     """A micro-batch of no sample: two tokens, none of them wanted."""
-    nothing = np.zeros(0, np.int64)
-    return MicroBatch(np.zeros((1, 2), np.int64), *[nothing] * 7)
+    none = np.zeros(0, np.int64)
+    return MicroBatch(np.zeros((1, 2), np.int64), none, none, none, none, none, none, none)
 
 
 def _buffers(chunk: Any) -> list[Any]:
@@ -385,8 +398,8 @@ def _counts() -> bool:
 def _from_last_stage(values: Tensor) -> Tensor:
     """What the last stage holds, on every stage; of the same shape there."""
     if parallel_state.get_pipeline_model_parallel_world_size() > 1:
-        last = parallel_state.get_pipeline_model_parallel_last_rank()
-        distributed.broadcast(values, last, group=parallel_state.get_pipeline_model_parallel_group())
+        group: Any = parallel_state.get_pipeline_model_parallel_group()
+        distributed.broadcast(values, parallel_state.get_pipeline_model_parallel_last_rank(), group=group)
     return values
 
 
