@@ -14,7 +14,7 @@ from miles_train.megatron.weights.pieces import LocalParts
 from miles_train.megatron.weights.share import Share
 from miles_train.megatron.weights.table import Region, WeightTable
 from miles_train.megatron.weights.whereabouts import Placed
-from miles_train.megatron.weights.write import BYTES_PER_WRITER, divide, write
+from miles_train.megatron.weights.write import divide, write
 from miles_train.model_dir import ModelDirectory
 
 __all__ = ["MAX_SHARD_BYTES", "export"]
@@ -29,7 +29,6 @@ def export(
     tensors: Mapping[str, Tensor],
     *,
     max_shard_bytes: int = MAX_SHARD_BYTES,
-    bytes_per_writer: int = BYTES_PER_WRITER,
     group: distributed.ProcessGroup | None = None,
 ) -> None:
     """Write config, tokenizer files and weights; collective.
@@ -47,7 +46,6 @@ def export(
         share: this rank's.
         tensors: this rank's, by global name.
         max_shard_bytes: a file is closed before it grows beyond this.
-        bytes_per_writer: a rank more writes for each so many bytes.
         group: of all ranks, that moves tensors of the CPU; None for the default group.
 
     Raises:
@@ -56,7 +54,7 @@ def export(
     """
     outside = _outside(source, table, placed)
     narrowed = _dtypes(source.directory, table, placed, share, tensors)
-    work = divide([*placed, *outside], narrowed, distributed.get_world_size(), max_shard_bytes, bytes_per_writer)
+    work = divide([*placed, *outside], narrowed, distributed.get_world_size(), max_shard_bytes)
     partial = folders.partial_name(path)
     _all_or_none(path, _on_rank_0(lambda: folders.begin(path, replaces=is_model_directory)))
     parts = LocalParts(share, tensors)

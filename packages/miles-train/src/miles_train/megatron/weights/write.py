@@ -19,7 +19,7 @@ from miles_train.megatron.weights.whereabouts import Part, Placed
 from miles_train.shard_files import Entry, ShardFile, cut_into_files
 
 # A rank more is put to work for each so many bytes: small models stay one file.
-BYTES_PER_WRITER = 256 * 2**20
+_BYTES_PER_WRITER = 256 * 2**20
 # Parts on their way to their writers, in bytes; a rank waits before it goes beyond.
 _MAX_SENT_BYTES = 512 * 2**20
 
@@ -52,7 +52,6 @@ def divide(
     dtypes: Mapping[str, torch.dtype],
     world_size: int,
     max_shard_bytes: int,
-    bytes_per_writer: int = BYTES_PER_WRITER,
 ) -> Work:
     """Divide the tensors among the ranks by bytes; the same on every rank.
 
@@ -60,12 +59,12 @@ def divide(
         placed: all tensors. One without parts comes from a file, and any rank may write it.
         dtypes: that tensors are written in, where it is not that of their parameters.
         world_size: number of ranks.
-        max_shard_bytes: a file is closed before it grows beyond this.
-        bytes_per_writer: a rank more writes for each so many bytes.
+        max_shard_bytes: a file is closed before it grows beyond this, and no rank writes for less than this or
+            256 MiB.
     """
     entries = [Entry(tensor.name, dtypes.get(tensor.name, tensor.dtype), tensor.shape) for tensor in placed]
     total = sum(entry.nbytes for entry in entries)
-    num_writers = min(world_size, max(1, total // min(bytes_per_writer, max_shard_bytes)))
+    num_writers = min(world_size, max(1, total // min(_BYTES_PER_WRITER, max_shard_bytes)))
     writers = [index * world_size // num_writers for index in range(num_writers)]
     load = dict.fromkeys(writers, 0)
     writer_of: dict[str, int] = {}
