@@ -109,6 +109,8 @@ def _outside(config: LatentConfig, stored: Collection[str]) -> tuple[str, ...]:
         *(f"{layers}{layer}.*" for layer in extra),
         *(f"{layers}*.mlp.experts.{expert}.*" for expert in experts),
         *(f"{layers}{layer}.self_attn.indexer.*" for layer in sorted(sharing)),
+        # Empty where there are none: transformers makes an MLP of width 0.
+        *([] if config.moe.shared_size else [f"{layers}*.mlp.shared_experts.*"]),
         # Kept by old exports; the frequencies come from config.json.
         f"{layers}*.self_attn.rotary_emb.inv_freq",
         *(f"{name}.*" for name in sorted(beside)),
