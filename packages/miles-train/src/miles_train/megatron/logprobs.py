@@ -64,8 +64,14 @@ def token_logprobs(
     rows, positions, targets = (on_device(index, device) for index in (micro.rows, micro.positions, micro.targets))
     mine, places = _own_tokens(tokens.shape[1], positions)
     group: Any = parallel_state.get_tensor_model_parallel_group()
+    kept, at_once = _logits_bytes(device)
     options = HeadOptions(
-        vocab_size, temperature, entropy_grad, group if group.size() > 1 else None, *_logits_bytes(device)
+        vocab_size,
+        temperature,
+        entropy_grad,
+        group if group.size() > 1 else None,
+        max_kept_bytes=kept,
+        chunk_bytes=at_once,
     )
 
     def head(hidden_states: Tensor, output_layer: Any, output_weight: Tensor | None, **_: Any) -> tuple[Tensor, Tensor]:

@@ -46,6 +46,15 @@ def device_of_this_process() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
+def on_device(array: "np.ndarray[Any, Any]", device: torch.device) -> torch.Tensor:
+    """A copy of an array on the model's device; to a GPU without waiting for what it is doing."""
+    tensor = torch.from_numpy(np.ascontiguousarray(array))
+    if device.type != "cuda":
+        return tensor
+    # From pageable memory the copy would wait until all earlier kernels have ended.
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
 def start(args: argparse.Namespace, address: Address, *, deterministic: bool) -> None:
     """Make the default process group and Megatron's groups, and seed everything.
 

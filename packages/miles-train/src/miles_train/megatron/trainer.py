@@ -20,9 +20,11 @@ from miles_train.megatron.arguments import parse_arguments
 from miles_train.megatron.checkpoint import Checkpoints
 from miles_train.megatron.layout import check_layout
 from miles_train.megatron.model_weights import ModelWeights
+from miles_train.megatron.packing import decide_packing
 from miles_train.megatron.runtime import Address
 from miles_train.megatron.settings import check_settings
 from miles_train.megatron.specs import SPECS, build_chunks
+from miles_train.megatron.specs.backend import TRANSFORMER_ENGINE
 from miles_train.megatron.step import Learner
 from miles_train.megatron.upstream import (
     DistributedDataParallel,
@@ -75,6 +77,7 @@ class MegatronTrainer:
         address: Address | None = None,
         seed: int = 0,
         micro_batch_tokens: int = 16384,
+        packed: bool | None = None,
         temperature: float = 1.0,
         deterministic: bool = False,
         hooks: Hooks | None = None,
@@ -90,6 +93,8 @@ class MegatronTrainer:
             address: which rank this is and where they meet; by default the only one.
             seed: of all random states.
             micro_batch_tokens: most tokens of one forward pass, padding included.
+            packed: whether a forward pass takes its samples as one row, so that no padding is computed; None does so
+                where the model can and Transformer Engine attends to packed rows.
             temperature: of the sampling engine; logits are divided by it.
             deterministic: refuse operations whose result depends on timing.
             hooks: user code.
@@ -140,6 +145,12 @@ class MegatronTrainer:
             micro_batch_tokens=micro_batch_tokens,
             temperature=temperature,
             device=self._device,
+            packed=decide_packing(
+                packed,
+                chunks,
+                by_default=args.transformer_impl == TRANSFORMER_ENGINE,
+                context_parallel=layout.context,
+            ),
         )
         if self._hooks.after_model_init:
             self._hooks.after_model_init(chunks)
