@@ -18,7 +18,7 @@ sys.path.insert(0, str(HERE))
 
 
 class Ranks:
-    """Up to two rank processes, started when first needed."""
+    """Up to four rank processes, started when first needed."""
 
     def __init__(self):
         self._processes = []
