@@ -1,8 +1,12 @@
 """GLM-4.5: partial rotary embedding, and a sigmoid router with bias, groups and shared experts, as in transformers."""
 
+import json
+
 import pytest
+import torch
 from families_line import BASE, LLAMA3, YARN, rope
 from family_checks import assert_agrees
+from safetensors.torch import load_file, save_file
 
 from miles_core.errors import InputError
 from miles_train.megatron.weights import glm4_moe
@@ -78,6 +82,20 @@ def test_weights_of_glm4_moe_stored_in_bfloat16_agree(ranks, tmp_path):
 def test_the_hubs_spelling_of_glm4_moe_means_the_same(ranks, tmp_path):
     added = {"rope_theta": 500.0, "rope_scaling": None, "partial_rotary_factor": 0.25}
     assert_agrees(ranks, tmp_path / "hf", "glm4_moe", GLM, without=["rope_parameters"], added=added)
+
+
+def test_layers_that_predict_further_tokens_pass_through(ranks, tmp_path):
+    ranks.run_one("in_rank_reference.make_reference_model", tmp_path / "hf", "glm4_moe", GLM)
+    config = json.loads((tmp_path / "hf/config.json").read_text())
+    (tmp_path / "hf/config.json").write_text(json.dumps({**config, "num_nextn_predict_layers": 1}))
+    stored = load_file(tmp_path / "hf/model.safetensors")
+    stored |= {f"model.layers.3.{name}.weight": torch.randn(3, 2).bfloat16() for name in ("eh_proj", "mlp.gate")}
+    save_file(stored, tmp_path / "hf/model.safetensors", metadata={"format": "pt"})
+    ranks.run_one("in_rank_trainer.import_and_export", tmp_path / "hf", {}, tmp_path / "out")
+    exported = load_file(tmp_path / "out/model.safetensors")
+    assert exported.keys() == stored.keys()
+    assert all(torch.equal(exported[name], stored[name]) for name in stored)
+    assert all(exported[name].dtype == stored[name].dtype for name in stored)
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,8 @@ the models were trained with (megatron/core/transformer/moe/moe_utils.py, 0.19.2
 
 - `group_limited_topk` scores a group by its best top_k / top_groups experts; the models by the best two, always;
 - sigmoid scores are always divided by their sum, but never where top_k is 1; the models have a switch for it;
-- softmax with top_k = 1 refuses to normalise (the weight is then 1 and teaches the router nothing, yet models have it).
+- softmax with top_k = 1 refuses to normalise (the weight is then 1 and teaches the router nothing, yet models have it);
+- which of equal scores it takes differs between passes with and without gradients (`sorted=torch.is_grad_enabled()`).
 
 One difference stays, of rounding only: an expert's weight multiplies the input of its down projection, in transformers
 the output.
@@ -153,10 +154,11 @@ class Router(TopKRouter):
         routing = self.routing_config
         if routing.is_grouped:
             grouped = scores.view(len(scores), routing.num_groups, -1)
-            best = grouped.topk(2, dim=-1)[0].sum(-1).topk(routing.top_groups, dim=-1)[1]
+            best = grouped.topk(2, dim=-1)[0].sum(-1).topk(routing.top_groups, dim=-1, sorted=False)[1]
             outside = torch.ones_like(grouped[:, :, 0], dtype=torch.bool).scatter(1, best, False)
             scores = grouped.masked_fill(outside[:, :, None], float("-inf")).flatten(1)
-        return scores.topk(routing.top_k, dim=-1)
+        # Which of equal scores are taken follows from `sorted`: as transformers has it for either kind.
+        return scores.topk(routing.top_k, dim=-1, sorted=routing.score == "softmax")
 
     def _apply(self, fn: Any, recurse: bool = True) -> "Router":
         """Move the expert bias with the module, but never cast it: a model in bfloat16 keeps it in float32."""
