@@ -2,24 +2,15 @@
 
 from __future__ import annotations
 
-import http.client
-import json
 import threading
-import urllib.parse
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 from miles_sync.channel import Channel, Deadline, accept, listen
-from miles_sync.errors import (
-    AuthError,
-    DeadlineError,
-    MismatchError,
-    PeerLostError,
-    ProtocolError,
-    SyncError,
-)
+from miles_sync.errors import MismatchError, ProtocolError, SyncError
 from miles_sync.messages import Commit, Prepare
 from miles_sync.sglang.command import Attend, Command, Idle, Order, envelope
+from miles_sync.sglang.http import EngineHttp
 
 LOADER = "miles_sync.sglang.loader.load"
 """What the engine's `--custom-weight-loader` must list."""
@@ -28,8 +19,6 @@ TOKEN_VARIABLE = "MILES_SYNC_TOKEN"
 """The environment variable that gives the engine its token."""
 
 TESTED_VERSION = "0.5.17"
-
-_MAX_REPLY_BYTES = 16 << 20
 
 # Settings under which the engine's own load_weights is not enough to replace its weights, or under which
 # one loader does not see all of them; the value is what this release was tested with.
@@ -70,13 +59,8 @@ class SGLangTarget:
         name: str = "",
     ) -> None:
         """Keep the address; nothing is opened yet."""
-        parts = urllib.parse.urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ValueError(f"url={url!r} must look like http://127.0.0.1:30000")
         self.name = name or url
-        self._scheme, self._host, self._port = parts.scheme, parts.hostname, parts.port
-        self._api_key = api_key
-        self._admin_key = admin_api_key or api_key
+        self._http = EngineHttp(url, api_key, admin_api_key, self.name)
         self._listen_host = listen_host
         self._rank, self._ranks = 0, 1
         self._commits = _Commits()
@@ -96,6 +80,7 @@ class SGLangTarget:
         for rank, target in enumerate(targets):
             target._rank, target._ranks, target._commits = rank, tp_size, targets[0]._commits
             target.name += f" rank {rank}" if tp_size > 1 else ""
+            target._http.name = target.name
         return targets
 
     def pause(self, mode: Literal["in_place", "retract"] = "retract", *, deadline_s: float = 60.0) -> None:
@@ -106,18 +91,17 @@ class SGLangTarget:
                 it, computed with the old ones.
             deadline_s: Bound on each of the two requests.
         """
-        self._request("POST", "/pause_generation", self._admin_key, {"mode": mode}, "begin", Deadline(deadline_s))
+        self._http.post("/pause_generation", {"mode": mode}, "begin", Deadline(deadline_s))
         self._tell(dict.fromkeys(range(self._ranks), Idle()), "begin", Deadline(deadline_s))
 
     def resume(self, *, deadline_s: float = 60.0) -> None:
         """Go on generating."""
         body = {"torch_empty_cache": False}  # its default gives the allocator's blocks back, to be asked for again
-        self._request("POST", "/continue_generation", self._admin_key, body, "commit", Deadline(deadline_s))
+        self._http.post("/continue_generation", body, "commit", Deadline(deadline_s))
 
     def flush(self, *, deadline_s: float = 60.0) -> None:
         """Drop the prefix cache. Raises `ProtocolError` where the engine will not: it holds requests in place."""
-        reply = self._send("POST", "/flush_cache", self._admin_key, {}, "commit", Deadline(deadline_s))
-        if reply[0] != 200:
+        if not self._http.tell("/flush_cache", {}, "commit", Deadline(deadline_s)):
             raise ProtocolError("the engine would not flush its cache", stage="commit", peer=self.name)
 
     def connect(self, token: str, deadline: Deadline) -> Channel:
@@ -125,7 +109,7 @@ class SGLangTarget:
 
         Raises `MismatchError` where version or settings do not fit, `AuthError` where a key or the token differs.
         """
-        self._check_settings(self._get("/server_info", "connect", deadline))
+        self._check_settings(self._http.get("/server_info", "connect", deadline))
         with listen(self._listen_host) as listener:
             host, port = listener.getsockname()[:2]
             self._tell({self._rank: Attend(host, port, deadline.left())}, "connect", deadline)
@@ -145,12 +129,12 @@ class SGLangTarget:
 
     def published(self, deadline: Deadline) -> str:
         """The `weight_version` that the engine stamps on what it generates."""
-        return str(self._get("/model_info", "status", deadline).get("weight_version"))
+        return str(self._http.get("/model_info", "status", deadline).get("weight_version"))
 
     def publish(self, version: str, deadline: Deadline) -> None:
         """Set that label, aborting nothing."""
         body = {"new_version": version, "abort_all_requests": False}
-        self._request("POST", "/update_weight_version", self._admin_key, body, "commit", deadline)
+        self._http.post("/update_weight_version", body, "commit", deadline)
 
     def _check_settings(self, info: dict[str, Any]) -> None:
         version = info.get("version")
@@ -185,60 +169,10 @@ class SGLangTarget:
         }
         if version is not None:
             body["weight_version"] = version
-        reply = self._request("POST", "/update_weights_from_tensor", self._admin_key, body, stage, deadline)
+        reply = self._http.post("/update_weights_from_tensor", body, stage, deadline)
         if not reply.get("success"):
             reason = f"the engine refused the update: {reply.get('message')}"
             raise ProtocolError(reason, stage=stage, peer=self.name)
-
-    def _get(self, path: str, stage: str, deadline: Deadline) -> dict[str, Any]:
-        return self._request("GET", path, self._api_key, None, stage, deadline)
-
-    def _request(
-        self, method: str, path: str, key: str | None, body: dict[str, Any] | None, stage: str, deadline: Deadline
-    ) -> dict[str, Any]:
-        """One request that is answered with JSON."""
-        status, data = self._send(method, path, key, body, stage, deadline)
-        if status not in (200, 400):  # 400 carries a message of the engine's own
-            raise SyncError(f"{path} answered {status}", stage=stage, peer=self.name)
-        try:
-            reply = json.loads(data)
-        except ValueError as error:
-            reason = f"{path} did not answer with JSON"
-            raise ProtocolError(reason, stage=stage, peer=self.name) from error
-        if not isinstance(reply, dict):
-            raise ProtocolError(f"{path} answered {type(reply).__name__}", stage=stage, peer=self.name)
-        return reply
-
-    def _send(
-        self, method: str, path: str, key: str | None, body: dict[str, Any] | None, stage: str, deadline: Deadline
-    ) -> tuple[int, bytes]:
-        """One request: status and content. Each opens its own connection: a push makes four, and none can be stale."""
-        secure = self._scheme == "https"
-        kind = http.client.HTTPSConnection if secure else http.client.HTTPConnection
-        connection = kind(self._host, self._port, timeout=max(deadline.left(), 0.001))
-        headers = {"Content-Type": "application/json", "Connection": "close"}
-        if key is not None:
-            headers["Authorization"] = f"Bearer {key}"
-        try:
-            payload = None if body is None else json.dumps(body)
-            connection.request(method, path, payload, headers)
-            response = connection.getresponse()
-            data = response.read(_MAX_REPLY_BYTES)
-        except TimeoutError as error:
-            reason = (
-                f"{path} had no answer within {deadline.seconds:g} s; an update waits for running requests "
-                "to end: pause generation first, or allow a longer deadline"
-            )
-            raise DeadlineError(reason, stage=stage, peer=self.name) from error
-        except (OSError, http.client.HTTPException) as error:
-            reason = f"{path}: {type(error).__name__}: {error}"
-            raise PeerLostError(reason, stage=stage, peer=self.name) from error
-        finally:
-            connection.close()
-        if response.status in (401, 403):
-            reason = f"{path} answered {response.status}: check api_key and admin_api_key"
-            raise AuthError(reason, stage=stage, peer=self.name)
-        return response.status, data
 
 
 class _Commits:
