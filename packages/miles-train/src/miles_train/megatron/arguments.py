@@ -181,7 +181,7 @@ def _owned(layout: Layout, seed: int, on_gpu: bool) -> dict[str, Any]:
         "micro_batch_size": 1,
         "seed": seed,
         "use_cpu_initialization": not on_gpu,
-        "use_distributed_optimizer": layout.num_shards * layout.context > 1,
+        "use_distributed_optimizer": True,
         "distributed_backend": "nccl" if on_gpu else "gloo",
         # Where all ranks' optimizer state can be loaded by another number of ranks (see resume_fixes).
         "dist_ckpt_optim_fully_reshardable": True,

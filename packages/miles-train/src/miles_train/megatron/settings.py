@@ -78,7 +78,7 @@ OWNED: Mapping[str, str] = {
     "perform_initialization": "all weights come from the model directory",
     "seed": "it is the trainer's own parameter `seed`",
     "use_cpu_initialization": "it follows from the device",
-    "use_distributed_optimizer": "it follows from the layout: wherever several ranks hold the same weights",
+    "use_distributed_optimizer": "it is always on: any layout of ranks can read its state from a checkpoint",
 }
 
 READ = _names(
