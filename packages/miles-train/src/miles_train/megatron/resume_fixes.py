@@ -10,8 +10,7 @@ of `DistributedOptimizer` was written for optimizers that keep it in the group. 
 3. `separate_steps`: loading gives all parameters one `step` tensor, which AdamW then advances once per parameter.
    Without this fix nothing fails: the run resumes and computes other numbers.
 
-And two small ones: `restore_zero_step` for checkpoints from before the first update, `write_without_manager` for
-saving.
+And a small one for saving: `write_without_manager`.
 """
 
 import queue
@@ -37,7 +36,8 @@ def allocate_state(optimizer: MegatronOptimizer) -> None:
         for group in inner.param_groups:
             for parameter in group["params"]:
                 state = inner.state[parameter]
-                state.setdefault("step", torch.tensor(0.0))
+                if isinstance(inner, torch.optim.AdamW):  # Transformer Engine's Adam counts in the group
+                    state.setdefault("step", torch.tensor(0.0))
                 for name in ("exp_avg", "exp_avg_sq"):
                     if name not in state:
                         state[name] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
@@ -46,7 +46,7 @@ def allocate_state(optimizer: MegatronOptimizer) -> None:
 @contextmanager
 def tolerate_missing_step(optimizer: MegatronOptimizer) -> Iterator[None]:
     """A context to load optimizer state in."""
-    changed = [part for part in _parts(optimizer) if isinstance(part, DistributedOptimizer)]
+    changed = distributed_parts(optimizer)
     for part in changed:
         part._set_main_param_and_optimizer_states = MethodType(_set_states, part)
     try:
@@ -66,14 +66,8 @@ def separate_steps(optimizer: MegatronOptimizer) -> None:
     """Give every parameter a `step` tensor of its own."""
     for inner in _inner(optimizer):
         for state in inner.state.values():
-            state["step"] = state["step"].clone()
-
-
-def restore_zero_step(state: dict[str, Any]) -> None:
-    """Put back a step of 0 in the loaded state of a plain optimizer: being falsy, it is not saved, and then missed."""
-    plain = state.get("optimizer", state)
-    if "state" in plain:
-        plain["state"].setdefault("common_step", torch.tensor(0.0))
+            if "step" in state:
+                state["step"] = state["step"].clone()
 
 
 def write_without_manager() -> None:
@@ -83,6 +77,11 @@ def write_without_manager() -> None:
     an EOFError in every script whose main module is not guarded. A saver that waits for its own threads needs neither.
     """
     filesystem_async._results_queue = queue.Queue()
+
+
+def distributed_parts(optimizer: MegatronOptimizer) -> list[DistributedOptimizer]:
+    """The optimizers of this rank: one, or one more for experts that are divided among ranks."""
+    return [part for part in _parts(optimizer) if isinstance(part, DistributedOptimizer)]
 
 
 def _parts(optimizer: MegatronOptimizer) -> list[Any]:
