@@ -53,9 +53,8 @@ class DeltaNetConfig:
     def __post_init__(self) -> None:
         """Refuse heads that cannot be shared."""
         if self.value_heads < 1 or self.value_heads % self.key_heads:
-            raise _error(
-                "linear_num_value_heads", self.value_heads, f"must be a multiple of {self.key_heads} key heads"
-            )
+            rule = f"must be a multiple of linear_num_key_heads = {self.key_heads}"
+            raise _error("linear_num_value_heads", self.value_heads, rule)
 
 
 @dataclass(frozen=True, slots=True)
