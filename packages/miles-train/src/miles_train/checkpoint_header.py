@@ -26,13 +26,11 @@ class Header:
     Attributes:
         folder: the checkpoint.
         layout: sizes of the groups of ranks that wrote it, by Megatron's names.
-        optimizer: how its state lies on disk.
         state: the caller's own.
     """
 
     folder: Path
     layout: Mapping[str, int]
-    optimizer: str
     state: dict[str, Any]
 
 
@@ -55,18 +53,17 @@ def read_header(path: Path) -> Header:
         header = json.loads(file.read_text(encoding="utf-8"))
         if header["format"] != _FORMAT:
             raise CheckpointError(f"{file} has format {header['format']}: this version reads {_FORMAT}.")
-        return Header(folder, header["layout"], header["optimizer"], header["state"])
+        return Header(folder, header["layout"], header["state"])
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{file} is damaged: {error!r}. Resume from another checkpoint.") from None
 
 
-def write_header(folder: Path, layout: Mapping[str, int], optimizer: str, state: Mapping[str, Any], by: str) -> None:
+def write_header(folder: Path, layout: Mapping[str, int], state: Mapping[str, Any], by: str) -> None:
     """Write trainer.json.
 
     Args:
         folder: the checkpoint, not yet published.
         layout: as in `Header`.
-        optimizer: as in `Header`.
         state: JSON-able.
         by: name and version of what wrote it.
     """
@@ -74,7 +71,6 @@ def write_header(folder: Path, layout: Mapping[str, int], optimizer: str, state:
         "format": _FORMAT,
         "written_by": by,
         "layout": dict(layout),
-        "optimizer": optimizer,
         "state": dict(state),
     }
     (folder / MARKER).write_text(json.dumps(header, indent=1), encoding="utf-8")

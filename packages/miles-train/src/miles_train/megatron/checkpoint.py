@@ -27,7 +27,6 @@ from miles_train.megatron import cpu_shim, resume_fixes, runtime
 from miles_train.megatron.background import Background, Outcome, outcome_of_all
 from miles_train.megatron.upstream import (
     MEGATRON_VERSION,
-    ChainedOptimizer,
     CheckpointingException,
     DistributedOptimizer,
     MegatronOptimizer,
@@ -58,6 +57,7 @@ class Checkpoints:
             scheduler: of the optimizer.
         """
         self._chunks, self._optimizer, self._scheduler = chunks, optimizer, scheduler
+        self._optimizers = resume_fixes.distributed_parts(optimizer)
         self._save: _Save | None = None
 
     def save(
@@ -142,12 +142,6 @@ class Checkpoints:
         """
         self.wait()
         header = read_header(path)
-        kind = _kind(self._optimizer)
-        if header.optimizer != kind:
-            raise CheckpointError(
-                f"checkpoint {header.folder} was written with a {header.optimizer} optimizer, this trainer has a "
-                f"{kind} one. Resume in a layout with the same."
-            )
         with cpu_shim.active():
             try:
                 loaded: Any = dist_checkpointing.load(
@@ -160,21 +154,28 @@ class Checkpoints:
                 ) from error
             for name, chunk in self._named_chunks():
                 chunk.load_state_dict(loaded[name])
-            resume_fixes.restore_zero_step(loaded["optimizer"])
-            with resume_fixes.tolerate_missing_step(self._optimizer):
-                self._optimizer.load_state_dict(loaded["optimizer"])
-            resume_fixes.separate_steps(self._optimizer)
+            self._load_optimizer(loaded["optimizer"], loaded["updates"])
             self._scheduler.num_steps = 0  # load_state_dict adds to it
             self._scheduler.load_state_dict(loaded["scheduler"])
             if "random" in loaded:
                 _set_random_states(loaded["random"])
         return header.state
 
+    def _load_optimizer(self, tensors: Mapping[str, Any], updates: int) -> None:
+        with resume_fixes.tolerate_missing_step(self._optimizer):
+            for number, part in enumerate(self._optimizers):
+                state = part.state_dict()
+                for group in state["optimizer"]["param_groups"]:
+                    group["step"] = updates
+                sharding = {"param_state": tensors[str(number)], "param_state_sharding_type": "fully_reshardable"}
+                part.load_state_dict({**state, **sharding})
+        resume_fixes.separate_steps(self._optimizer)
+
     def _begin(self, path: Path, state: Mapping[str, Any]) -> None:
         # A crash after `publish` and before `point_to` leaves a folder that a resumed run will write again.
         partial = folders.begin(path, replaces=lambda target: not folders.is_latest(target))
         (partial / _DATA).mkdir()
-        write_header(partial, _layout(), _kind(self._optimizer), state, f"megatron-core {MEGATRON_VERSION}")
+        write_header(partial, _layout(), state, f"megatron-core {MEGATRON_VERSION}")
 
     def _contents(self, saved_in: Mapping[str, int] | None) -> dict[str, Any]:
         """What is saved, or (with the layout that saved it) what is to be loaded."""
@@ -184,17 +185,23 @@ class Checkpoints:
             "chained_optim_avoid_prefix": True,
             # By number, not stacked over all layers: layers of one model may differ.
             "non_homogeneous_layers": True,
+            # The only layout of the optimizer's state that other layouts of ranks can read.
+            "distrib_optim_sharding_type": "fully_reshardable",
+            "distrib_optim_fully_reshardable_mem_efficient": False,
         }
-        if _kind(self._optimizer) == "distributed":
-            # The only layout that another number of ranks can read.
-            metadata["distrib_optim_sharding_type"] = "fully_reshardable"
-            metadata["distrib_optim_fully_reshardable_mem_efficient"] = False
         resume_fixes.allocate_state(self._optimizer)
         contents: dict[str, Any] = {
             name: chunk.sharded_state_dict(metadata=metadata) for name, chunk in self._named_chunks()
         }
-        is_loading = saved_in is not None
-        contents["optimizer"] = self._optimizer.sharded_state_dict(contents, is_loading=is_loading, metadata=metadata)
+        # What else Megatron would save of the optimizer has the saving layout's shape (how many parts it has, and which
+        # groups of parameters rank 0 holds), and is known here anyway but for the number of updates.
+        contents["optimizer"] = {
+            str(number): part.sharded_state_dict(contents, is_loading=saved_in is not None, metadata=metadata)[
+                "param_state"
+            ]
+            for number, part in enumerate(self._optimizers)
+        }
+        contents["updates"] = _updates(self._optimizers)
         contents["scheduler"] = self._scheduler.state_dict()
         if saved_in in (None, _layout()):
             rank, world_size = distributed.get_rank(), distributed.get_world_size()
@@ -280,9 +287,9 @@ def _layout() -> dict[str, int]:
     }
 
 
-def _kind(optimizer: MegatronOptimizer) -> str:
-    parts = optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]
-    return "distributed" if any(isinstance(part, DistributedOptimizer) for part in parts) else "plain"
+def _updates(optimizers: Sequence[DistributedOptimizer]) -> int:
+    groups = [group for part in optimizers for group in part.state_dict()["optimizer"]["param_groups"]]
+    return max((int(group.get("step", 0)) for group in groups), default=0)
 
 
 def _random_states() -> dict[str, Any]:
