@@ -2,7 +2,6 @@
 
 import json
 
-import pytest
 from safetensors.torch import load_file, save_file
 
 BASE = {
@@ -34,13 +33,6 @@ YARN = {
 }
 # Few heads would leave many scores at 0 after the ReLU, and equal scores are a game of chance.
 INDEXER = {"index_topk": 5, "index_head_dim": 12, "index_n_heads": 8}
-LAYOUTS = {
-    "tensor": {"tensor_model_parallel_size": 2},
-    "pipeline": {"pipeline_model_parallel_size": 2, "decoder_first_pipeline_num_layers": 1},
-    "expert": {"expert_model_parallel_size": 2},
-    "context": {"context_parallel_size": 2},
-}
-LAYOUT_PARAMS = [name if name == "tensor" else pytest.param(name, marks=pytest.mark.long) for name in LAYOUTS]
 
 
 def derived(path, out, config, tensors=None, prefix=""):
@@ -50,16 +42,3 @@ def derived(path, out, config, tensors=None, prefix=""):
     save_file({**stored, **(tensors or {})}, out / "model.safetensors", metadata={"format": "pt"})
     before = json.loads((path / "config.json").read_text())
     (out / "config.json").write_text(json.dumps(config(before)))
-
-
-def assert_same_in_layout(ranks, path, layout, folder):
-    """One step in a layout of two ranks: the logprobs before and the weights after are those of one rank."""
-    _, logprobs, metrics, _ = ranks.run_one("in_rank_layouts.run", path, {}, None, folder / "one")
-    for shard, ours, ours_metrics, differences in ranks.run(
-        "in_rank_layouts.run", path, LAYOUTS[layout], folder / "one", world_size=2
-    ):
-        if layout != "expert":  # the ranks then bring different samples
-            assert abs(ours - logprobs).max() <= 1e-5, shard
-        assert abs(ours_metrics["grad_norm"] - metrics["grad_norm"]) <= 1e-4 * metrics["grad_norm"]
-        # AdamW's first step is the sign of the gradient, times lr = 1e-3: a wrong gradient moves many weights by 2e-3.
-        assert {name: gap for name, (_, gap) in differences.items() if gap > 1e-5} == {}

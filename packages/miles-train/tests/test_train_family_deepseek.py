@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 from family_checks import assert_agrees
-from latent_models import BASE, LAYOUT_PARAMS, YARN, assert_same_in_layout, derived
+from latent_models import BASE, YARN, derived
+from layout_checks import LAYOUTS, assert_layouts_agree
 from safetensors.torch import load_file
 
 from miles_core.errors import InputError
@@ -71,12 +72,19 @@ def test_agrees_with_transformers(ranks, tmp_path, case):
     assert_agrees(ranks, tmp_path / "hf", "deepseek_v3", values, values.pop("dtype", "float32"))
 
 
-@pytest.mark.parametrize("layout", LAYOUT_PARAMS)
+def test_two_ranks_agree_with_one(ranks, tmp_path):
+    values = {**MIXED, **CASES["yarn, biases"], "num_hidden_layers": 4}
+    ranks.run_one("in_rank_reference.make_reference_model", tmp_path / "hf", "deepseek_v3", values)
+    assert_layouts_agree(ranks, tmp_path / "hf", "tp2", "pp2-uneven", "cp2")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "tp2-whole-sequences"])
 @pytest.mark.parametrize("case", CASES)
-def test_layouts_agree(ranks, tmp_path, case, layout):
-    path = tmp_path / "hf"
-    ranks.run_one("in_rank_reference.make_reference_model", path, "deepseek_v3", {**MIXED, **CASES[case]})
-    assert_same_in_layout(ranks, path, layout, tmp_path)
+def test_every_layout_agrees(ranks, tmp_path, case, layout):
+    values = {**MIXED, **CASES[case], "num_hidden_layers": 4}
+    ranks.run_one("in_rank_reference.make_reference_model", tmp_path / "hf", "deepseek_v3", values)
+    assert_layouts_agree(ranks, tmp_path / "hf", layout)
 
 
 def test_layers_for_more_tokens_pass_through_export(ranks, tmp_path):

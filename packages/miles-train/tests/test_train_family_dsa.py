@@ -2,7 +2,8 @@
 
 import pytest
 from family_checks import assert_agrees
-from latent_models import BASE, INDEXER, LAYOUT_PARAMS, LAYOUTS, YARN, assert_same_in_layout
+from latent_models import BASE, INDEXER, YARN
+from layout_checks import assert_layouts_agree
 
 from miles_core.errors import InputError
 from miles_train.megatron.weights import deepseek_v32, glm_moe_dsa
@@ -48,23 +49,42 @@ def test_agrees_with_transformers(ranks, tmp_path, case):
     assert_agrees(ranks, tmp_path / "hf", model_type, values, values.pop("dtype", "float32"))
 
 
-@pytest.mark.parametrize("layout", LAYOUT_PARAMS)
-def test_layouts_agree(ranks, tmp_path, layout):
-    # Stages must start with an indexer.
-    values = {**SPARSE, **SHARED, "indexer_types": ["full", "full", "shared", "full", "shared"]}
-    ranks.run_one("in_rank_reference.make_reference_model", tmp_path / "hf", GLM, values)
-    if layout == "context":
-        with pytest.raises(AssertionError, match="an indexer sees all keys"):
-            ranks.run("in_rank_layouts.run", tmp_path / "hf", LAYOUTS[layout], world_size=2)
-    else:
-        assert_same_in_layout(ranks, tmp_path / "hf", layout, tmp_path)
+def make_shared(ranks, path):
+    values = {**SPARSE, "num_hidden_layers": 4, "indexer_types": ["full", "shared"] * 2}
+    ranks.run_one("in_rank_reference.make_reference_model", path, GLM, values)
+
+
+def test_two_ranks_agree_with_one(ranks, tmp_path):
+    make_shared(ranks, tmp_path / "hf")
+    assert_layouts_agree(ranks, tmp_path / "hf", "tp2", "pp2")
 
 
 @pytest.mark.long
-def test_no_stage_may_start_with_a_shared_choice(ranks, tmp_path):
-    ranks.run_one("in_rank_reference.make_reference_model", tmp_path / "hf", GLM, {**SPARSE, **SHARED})
-    with pytest.raises(AssertionError, match="a stage would start with layer 1"):
-        ranks.run("in_rank_layouts.run", tmp_path / "hf", LAYOUTS["pipeline"], world_size=2)
+@pytest.mark.parametrize("layout", ["dp2", "ep2", "tp4", "tp2-pp2", "tp2-ep2", "pp2-ep2"])
+def test_ranks_agree_with_one(ranks, tmp_path, layout):
+    make_shared(ranks, tmp_path / "hf")
+    assert_layouts_agree(ranks, tmp_path / "hf", layout)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("layout", "words"),
+    [
+        ({"context_parallel_size": 2}, "an indexer sees all keys"),
+        (
+            {"pipeline_model_parallel_size": 2, "decoder_first_pipeline_num_layers": 1},
+            "a stage would start with layer 1",
+        ),
+        (
+            {"pipeline_model_parallel_size": 2, "recompute_granularity": "selective"},
+            "cannot be recomputed in a pipeline",
+        ),
+    ],
+)
+def test_layouts_without_a_choice_to_share_are_refused(ranks, tmp_path, layout, words):
+    make_shared(ranks, tmp_path / "hf")
+    with pytest.raises(AssertionError, match=words):
+        ranks.run("in_rank_layouts.run", tmp_path / "hf", layout, world_size=2)
 
 
 @pytest.mark.parametrize(
