@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import json
 from collections.abc import Generator
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from miles_launch.doctor import refuse_unfit_machine
 from miles_launch.prepare import prepare
 from miles_launch.run import Checkpoint, run
 from miles_launch.rundir import RunDir, find_run, new_run
+from miles_train.checkpoint_header import read_header
 from miles_train.folders import resolve
 
 
@@ -58,7 +58,7 @@ def _checkpoint(run_dir: RunDir) -> Checkpoint:
     path = resolve(run_dir.checkpoints) if (run_dir.checkpoints / "latest").is_file() else None
     if path is None:
         return Checkpoint()
-    state = json.loads((path / "trainer.json").read_text())["state"]
+    state = read_header(path).state
     return Checkpoint(path, state["step"], state["weight_version"], state["cursor"])
 
 
