@@ -198,7 +198,7 @@ def test_bad_settings_and_directories_start_nothing(ranks, model_path, tmp_path)
         (model_path, {"lrr": 1.0}, "Did you mean lr?"),
         (model_path, {"lr_decay_style": "linear", "lr_decay_iters": 5, "min_lr": 1.0}, "Megatron refuses"),
         (tmp_path / "nowhere", {}, "no such directory"),
-        (llama, {}, "must be one of LlamaForCausalLM, Qwen3ForCausalLM"),
+        (llama, {}, "must be one of "),
     ]
     for path, settings, expected in cases:
         message, started = ranks.run_one("in_rank_trainer.fails_to_start", path, settings)

@@ -20,6 +20,7 @@ OK = {"lr": 1e-6}
         {"lr_decay_style": "cosine", "lr_decay_iters": 100, "min_lr": 1e-7},
         {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
         {"tensor_model_parallel_size": 1},
+        {"tensor_model_parallel_size": 2, "sequence_parallel": True, "pipeline_model_parallel_size": 4},
     ],
 )
 def test_good_settings_pass(settings):
@@ -35,8 +36,16 @@ def test_good_settings_pass(settings):
         ({"micro_batch_size": 2}, "micro_batch_tokens"),
         ({"attention_dropout": 0.1}, "dropout is off"),
         ({"tensorboard_dir": "x"}, "nothing reads it"),
-        ({"num_experts": 8}, "nothing reads it"),
-        ({"tensor_model_parallel_size": 2}, "only 1 is implemented"),
+        ({"num_experts": 8}, "derived from config.json"),
+        ({"moe_router_topk": 2}, "derived from config.json"),
+        ({"moe_aux_loss_coeff": [0.01]}, "the recipe's loss is the only one"),
+        ({"moe_token_dispatcher_type": "allgather"}, 'micro-batches of one shape.*Set "alltoall"'),
+        ({"overlap_p2p_comm": True}, "it follows from the pipeline"),
+        ({"sequence_parallel": True}, "has no effect: tensor_model_parallel_size = 1"),
+        (
+            {"num_virtual_stages_per_pipeline_rank": 2, "num_layers_per_virtual_pipeline_stage": 1},
+            "num_virtual_stages_per_pipeline_rank says the same",
+        ),
         ({"clip_grad": "1"}, "must be a number"),
         ({"lr_warmup_iters": 1.5}, "must be an integer"),
         ({"lr_warmup_iters": True}, "must be an integer"),
