@@ -6,6 +6,7 @@ import pytest
 import torch
 from families_line import BASE, LLAMA3, YARN, rope
 from family_checks import assert_agrees
+from layout_checks import LAYOUTS, assert_layouts_agree
 from safetensors.torch import load_file, save_file
 
 from miles_core.errors import InputError
@@ -82,6 +83,26 @@ def test_weights_of_glm4_moe_stored_in_bfloat16_agree(ranks, tmp_path):
 def test_the_hubs_spelling_of_glm4_moe_means_the_same(ranks, tmp_path):
     added = {"rope_theta": 500.0, "rope_scaling": None, "partial_rotary_factor": 0.25}
     assert_agrees(ranks, tmp_path / "hf", "glm4_moe", GLM, without=["rope_parameters"], added=added)
+
+
+@pytest.fixture(scope="module")
+def shared_and_grouped(ranks, tmp_path_factory):
+    """Grouped routing, shared experts, biases, norms of queries and keys, a padding token; for layouts of ranks."""
+    path = tmp_path_factory.mktemp("glm4") / "hf"
+    values = {"n_group": 4, "topk_group": 2, "num_experts_per_tok": 3, "num_hidden_layers": 4, "n_shared_experts": 2}
+    values |= {"use_qk_norm": True, "attention_bias": True, "tie_word_embeddings": True, "pad_token_id": 3}
+    ranks.run_one("in_rank_reference.make_reference_model", path, "glm4_moe", {**GLM, **values})
+    return path
+
+
+def test_glm4_moe_is_the_same_on_two_ranks(ranks, shared_and_grouped):
+    assert_layouts_agree(ranks, shared_and_grouped, "tp2-ep2-etp1", "cp2-ep2")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_glm4_moe_is_the_same_in_every_layout(ranks, shared_and_grouped, name):
+    assert_layouts_agree(ranks, shared_and_grouped, name)
 
 
 def test_layers_that_predict_further_tokens_pass_through(ranks, tmp_path):

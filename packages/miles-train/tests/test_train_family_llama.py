@@ -1,11 +1,13 @@
 """Llama and SmolLM2: every flag and every rotary embedding give what transformers computes."""
 
 import pytest
+import train_tiny
 from families_line import BASE, LLAMA3, LONGROPE, YARN, YARN_MSCALE, rope
 from family_checks import assert_agrees
 
 from miles_core.errors import InputError
-from miles_train.megatron.weights import llama
+from miles_train.megatron.weights import llama, table_for
+from miles_train.model_dir import open_model_directory
 
 pytestmark = pytest.mark.xdist_group("train-megatron")
 CASES = {
@@ -35,6 +37,7 @@ LONG = {
     },
     "every-head-its-own-key": {"num_key_value_heads": None, "hidden_act": "swish", "attention_bias": True},
     "one-layer": {"num_hidden_layers": 1, "mlp_bias": True, "head_dim": 2, "rms_norm_eps": 1e-3},
+    "padding-token-tied": {"pad_token_id": 5, "tie_word_embeddings": True},
     "all-biases-tied": {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True},
 }
 # config.json as transformers 4 wrote it: what is not there, and what is.
@@ -59,6 +62,16 @@ def test_llama_is_that_of_transformers(ranks, tmp_path, name):
 def test_a_padded_vocabulary_changes_nothing(ranks, tmp_path):
     settings = {"make_vocab_size_divisible_by": 128}
     assert_agrees(ranks, tmp_path / "hf", "llama", {**BASE, "tie_word_embeddings": True}, settings=settings)
+
+
+def test_the_padding_token_is_not_learnt_as_input(ranks, tmp_path):
+    assert_agrees(ranks, tmp_path / "hf", "llama", {**BASE, "pad_token_id": 3})
+
+
+def test_attention_to_what_follows_is_refused(tmp_path):
+    train_tiny.make_model(tmp_path / "hf", is_causal=False)
+    with pytest.raises(InputError, match=r"is_causal .* must be true"):
+        table_for(open_model_directory(tmp_path / "hf"))
 
 
 @pytest.mark.long
@@ -102,7 +115,6 @@ def test_sequences_beyond_the_embedding_are_refused(ranks, tmp_path):
             rope("longrope", short_factor=[1.0], long_factor=[1.0]),
             r"short_factor in config.json = '1 values': must be 4",
         ),
-        ({"quantization_config": {"quant_method": "fp8"}}, r"quantization_config of the model"),
     ],
 )
 def test_what_would_be_computed_otherwise_is_refused(values, message):

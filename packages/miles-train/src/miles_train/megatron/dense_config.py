@@ -75,7 +75,6 @@ def read_dense_config(
         KeyError: a needed key is missing.
     """
     check_only(config, "hidden_act", "silu", "swish")
-    check_only(config, "quantization_config", None)
     heads = config["num_attention_heads"]
     groups = config["num_key_value_heads"] or heads
     if heads % groups:

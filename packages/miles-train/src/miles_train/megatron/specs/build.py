@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from miles_train.megatron.specs.backend import BackendSpecProvider, backend_of, settle
+from miles_train.megatron.specs.embedding import hold_padding_row
 from miles_train.megatron.upstream import (
     GPTModel,
     ModuleSpec,
@@ -105,6 +106,7 @@ def _build_chunk(
         vp_stage=stage,
     )
     spec.finish(model, config)
+    hold_padding_row(model, config)
     settle(model, transformer)
     return model
 

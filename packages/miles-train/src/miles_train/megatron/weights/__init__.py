@@ -80,6 +80,13 @@ def table_for(directory: ModelDirectory) -> WeightTable:
             f"must be one of {', '.join(sorted(TABLES))}",
             "Train one of these, or register a weight table and a spec for it.",
         )
+    if not (directory.config.get("text_config") or directory.config).get("is_causal", True):
+        raise InputError(
+            f"is_causal in {directory.path / 'config.json'}",
+            False,
+            "must be true: transformers then lets tokens attend to what follows them, which is not trained here",
+            "Remove it, if the model was not trained that way.",
+        )
     try:
         table = make(directory.config, directory.tensors.keys())
     except KeyError as error:

@@ -31,7 +31,7 @@ _DEFAULTS: Mapping[str, Any] = {
 
 
 def read_config(config: Mapping[str, Any]) -> MoEDecoder:
-    """What config.json says."""
+    """What config.json says. `num_local_experts` is another name of `n_routed_experts`, as in transformers."""
     config = {**_DEFAULTS, **config}
     dense = read_dense_config(
         config, qkv_bias=bool(config["attention_bias"]), qk_norm=bool(config["use_qk_norm"]), partial=0.5
@@ -44,7 +44,7 @@ def read_config(config: Mapping[str, Any]) -> MoEDecoder:
             "n_shared_experts", config["n_shared_experts"], "must be at least 1", "Use the config that the model has."
         )
     moe = MoEConfig(
-        num_experts=config["n_routed_experts"],
+        num_experts=config["num_local_experts"] if "num_local_experts" in config else config["n_routed_experts"],
         top_k=config["num_experts_per_tok"],
         expert_size=config["moe_intermediate_size"],
         score="sigmoid",
