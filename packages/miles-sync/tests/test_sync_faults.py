@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import multiprocessing
 import os
 import signal
@@ -16,6 +15,7 @@ import torch
 
 from miles_sync import (
     DeadlineError,
+    DriftError,
     ModuleReceiver,
     PeerLostError,
     ReceiverTarget,
@@ -24,15 +24,27 @@ from miles_sync import (
     WeightSync,
     serve,
 )
+from miles_sync.arrival import Arrival
+from miles_sync.digest import BLOCK_BYTES
 from miles_sync.receivers import Receiver
 from miles_sync.sources import as_source
 from miles_sync.staging import Staging
 from miles_sync.transaction import Transaction
-from miles_sync.transports.shm import DIRECTORY
 
 TOKEN = "the token of these tests"
 DEADLINE_S = 3.0
-STAGES = ["begin", "transfer", "verify", "commit"]
+CASES = [
+    ("begin", "shm", "in_place"),
+    ("begin", "gloo", "staged"),
+    ("transfer", "shm", "staged"),
+    ("transfer", "shm", "in_place"),
+    ("transfer", "gloo", "staged"),
+    ("transfer", "gloo", "in_place"),
+    ("verify", "shm", "in_place"),
+    ("verify", "gloo", "staged"),
+    ("commit", "shm", "staged"),
+    ("commit", "gloo", "in_place"),
+]
 
 # A server forked once with torch loaded: children start in milliseconds and inherit no thread of the tests.
 PROCESSES = multiprocessing.get_context("forkserver")
@@ -40,7 +52,8 @@ PROCESSES.set_forkserver_preload(["miles_sync", "miles_sync.transaction"])
 
 
 def _weights(value: float) -> dict[str, torch.Tensor]:
-    return {"a": torch.full((3000,), value), "b": torch.full((7,), value)}
+    """The second does not fit into the bucket of the first."""
+    return {"a": torch.full((BLOCK_BYTES // 4,), value), "b": torch.full((7,), value)}
 
 
 def _module(value: float) -> torch.nn.Module:
@@ -48,13 +61,13 @@ def _module(value: float) -> torch.nn.Module:
 
 
 def _values(module: torch.nn.Module) -> set[float]:
-    return {element for tensor in module.parameters() for element in tensor.flatten().tolist()}
+    return {element for tensor in module.parameters() for element in tensor.unique().tolist()}
 
 
 # -- the sender ----------------------------------------------------------------------------------------
 
 
-def _send_and_die(port: int, kind: str, stage: str, how: int) -> None:
+def _send_and_die(port: int, kind: str, stage: str, how: int, mode: str = "staged") -> None:
     """Push version 1 and stop in the middle of a stage."""
 
     class Source:
@@ -79,27 +92,38 @@ def _send_and_die(port: int, kind: str, stage: str, how: int) -> None:
             os.kill(os.getpid(), how)
 
         setattr(Transaction, name, die)
-    sync = WeightSync([ReceiverTarget("127.0.0.1", port)], token=TOKEN, transport=kind, deadline_s=DEADLINE_S)  # type: ignore[arg-type]
+    target = ReceiverTarget("127.0.0.1", port)
+    sync = WeightSync(
+        [target],
+        token=TOKEN,
+        transport=kind,  # type: ignore[arg-type]
+        mode=mode,  # type: ignore[arg-type]
+        deadline_s=DEADLINE_S,
+        bucket_bytes=BLOCK_BYTES,
+    )
     sync.push(Source(), 1)
 
 
-@pytest.mark.parametrize("kind", ["shm", "gloo"])
-@pytest.mark.parametrize("stage", STAGES)
-def test_sender_killed(kind: str, stage: str) -> None:
+@pytest.mark.parametrize(("stage", "kind", "mode"), CASES)
+def test_sender_killed(stage: str, kind: str, mode: str) -> None:
     module = _module(0.0)
     with serve(ModuleReceiver(module), token=TOKEN) as server:
         with WeightSync([ReceiverTarget(server.host, server.port)], token=TOKEN, deadline_s=DEADLINE_S) as sync:
             first = sync.push(_weights(1.0), 0)
-        child = PROCESSES.Process(target=_send_and_die, args=(server.port, kind, stage, signal.SIGKILL))
+        child = PROCESSES.Process(target=_send_and_die, args=(server.port, kind, stage, signal.SIGKILL, mode))
         child.start()
         child.join(30)
         assert child.exitcode == -signal.SIGKILL
         with WeightSync([ReceiverTarget(server.host, server.port)], token=TOKEN, deadline_s=DEADLINE_S) as sync:
-            sync.check(0, first.digest)
-            assert _values(module) == {1.0}
+            if mode == "in_place" and stage != "begin":
+                assert sync.status()[0].dirty and server.dirty
+                with pytest.raises(DriftError):
+                    sync.check(0, first.digest)
+            else:
+                sync.check(0, first.digest)
+                assert _values(module) == {1.0}
             sync.push(_weights(3.0), 1)
-        assert _values(module) == {3.0}
-    assert not [name for name in os.listdir(DIRECTORY) if _is_left(name)]
+        assert _values(module) == {3.0} and not server.dirty
 
 
 def test_sender_frozen_is_given_up_after_the_deadline() -> None:
@@ -128,13 +152,14 @@ def _receive_and_die(port: int, stage: str, how: int, ready: Connection) -> None
 
     def die(*args: object) -> None:
         os.kill(os.getpid(), how)
+        time.sleep(60)  # the stop may reach this thread last
 
     module = ModuleReceiver(_module(0.0))
     if stage in ("transfer", "verify"):
-        setattr(Staging, {"transfer": "_bucket", "verify": "_verify"}[stage], die)
+        setattr(*{"transfer": (Arrival, "_take"), "verify": (Staging, "_verify")}[stage], die)
     receiver: Receiver = module
     if stage in ("begin", "commit"):
-        setattr(module, {"begin": "check", "commit": "load"}[stage], die)
+        setattr(module, {"begin": "check", "commit": "commit"}[stage], die)
     with serve(receiver, token=TOKEN, port=port) as server:
         ready.send(server.port)
         server.wait()
@@ -148,14 +173,14 @@ def _start(port: int, stage: str, how: int) -> tuple[multiprocessing.process.Bas
     return child, ours.recv()
 
 
-@pytest.mark.parametrize("kind", ["shm", "gloo"])
-@pytest.mark.parametrize("stage", STAGES)
-def test_receiver_killed(kind: str, stage: str) -> None:
+@pytest.mark.parametrize(("stage", "kind", "mode"), CASES)
+def test_receiver_killed(stage: str, kind: str, mode: str) -> None:
     child, port = _start(0, stage, signal.SIGKILL)
     with WeightSync(
         [ReceiverTarget("127.0.0.1", port)],
         token=TOKEN,
         transport=kind,  # type: ignore[arg-type]
+        mode=mode,  # type: ignore[arg-type]
         deadline_s=DEADLINE_S,
     ) as sync:
         start = time.monotonic()
@@ -167,6 +192,24 @@ def test_receiver_killed(kind: str, stage: str) -> None:
         child, _ = _start(port, "never", signal.SIGKILL)
         report = sync.push(_weights(1.0), 0)
         sync.check(0, report.digest)
+    child.kill()
+    child.join(10)
+
+
+def test_one_of_two_receivers_killed_and_the_other_is_not_left_waiting() -> None:
+    module = _module(0.0)
+    child, port = _start(0, "transfer", signal.SIGKILL)
+    with serve(ModuleReceiver(module), token=TOKEN) as server:
+        targets = [ReceiverTarget(server.host, server.port), ReceiverTarget("127.0.0.1", port)]
+        with WeightSync(targets, token=TOKEN, transport="gloo", deadline_s=DEADLINE_S) as sync:
+            with pytest.raises(PeerLostError):
+                sync.push(_weights(1.0), 0)
+            child.join(10)
+            assert _values(module) == {0.0}
+            child, _ = _start(port, "never", signal.SIGKILL)
+            report = sync.push(_weights(1.0), 0)
+            sync.check(0, report.digest)
+        assert _values(module) == {1.0}
     child.kill()
     child.join(10)
 
@@ -197,18 +240,6 @@ def test_nobody_there() -> None:
 def _stopped(pid: int | None) -> bool:
     with open(f"/proc/{pid}/stat") as stat:
         return stat.read().rsplit(")", 1)[1].split()[0] == "T"
-
-
-def _is_left(name: str) -> bool:
-    """Whether a segment was left by a process that is gone: its lock is free."""
-    if not name.startswith("miles-sync-"):
-        return False
-    try:
-        with open(os.path.join(DIRECTORY, name)) as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return True
-    except OSError:
-        return False
 
 
 def _try(act: Callable[[], object]) -> str | None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
@@ -13,12 +15,14 @@ from miles_sync import (
     BusyError,
     CommitError,
     CorruptError,
+    DirtyError,
     DriftError,
     ManifestError,
     MismatchError,
     ModuleReceiver,
     ReceiverServer,
     ReceiverTarget,
+    SharedArena,
     SyncError,
     TensorMeta,
     TransportError,
@@ -27,13 +31,16 @@ from miles_sync import (
     serve,
 )
 from miles_sync import routes as routes_module
-from miles_sync.digest import CHUNK_BYTES
+from miles_sync.buckets import Bucket
+from miles_sync.digest import BLOCK_BYTES
 from miles_sync.sources import as_source, named_weights
+from miles_sync.transports import Place
 from miles_sync.transports.gloo import GlooInlet
 from miles_sync.transports.shm import ShmInlet
 
 TOKEN = "the token of these tests"
 KINDS = ["shm", "gloo"]
+MODES = ["staged", "in_place"]
 
 
 def _model(seed: int, width: int = 8) -> torch.nn.Module:
@@ -65,26 +72,28 @@ def _sender(*servers: ReceiverServer, **options: object) -> WeightSync:
     return WeightSync(targets, **{"token": TOKEN, "deadline_s": 10.0, **options})  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("kind", [*KINDS, "auto"])
-def test_versions_arrive_one_after_the_other(kind: str) -> None:
+def test_versions_arrive_one_after_the_other(kind: str, mode: str) -> None:
     engine = _model(0)
     addresses = [tensor.data_ptr() for tensor in named_weights(engine).values()]
-    with _served(engine, transport=kind) as sync:
+    with _served(engine, transport=kind, mode=mode) as sync:
         for version in range(3):
             trainer = _model(version + 1)
             report = sync.push(trainer, version)
             assert _equal(trainer, engine)
-            assert (report.version, report.tensors) == (version, 9)
+            assert (report.version, report.tensors, report.mode) == (version, 9, mode)
             assert report.routes[0].transport == ("gloo" if kind == "gloo" else "shm")
             sync.check(version, report.digest)
     assert addresses == [tensor.data_ptr() for tensor in named_weights(engine).values()]
 
 
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("kind", KINDS)
-def test_tensors_larger_than_a_bucket_span_several(kind: str) -> None:
-    source = {"a": torch.rand(CHUNK_BYTES // 2 + 17), "b": torch.rand(3)}
+def test_tensors_larger_than_a_bucket_span_several(kind: str, mode: str) -> None:
+    source = {"a": torch.rand(BLOCK_BYTES + 17), "b": torch.rand(3)}
     engine = torch.nn.ParameterDict({name: torch.zeros_like(t) for name, t in source.items()})
-    with _served(engine, transport=kind, bucket_bytes=CHUNK_BYTES) as sync:
+    with _served(engine, transport=kind, mode=mode, bucket_bytes=BLOCK_BYTES) as sync:
         for version in range(2):
             source["a"] += 1
             sync.push(source, version)
@@ -159,13 +168,45 @@ def test_weights_that_do_not_fit_are_refused_before_anything_changes(
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_in_place_a_flipped_byte_leaves_it_dirty_until_a_retry(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    inlet = ShmInlet if kind == "shm" else GlooInlet
+    receive = inlet.receive
+
+    def flip(self: Any, bucket: Bucket) -> Place:
+        place = receive(self, bucket)
+        bytes_of = functools.cache(lambda part: place.bytes_of(part).clone())
+        bytes_of(bucket.parts[0])[77] ^= 1
+        return Place("flipped", bytes_of)
+
+    receiver = ModuleReceiver(_model(0))
+    with serve(receiver, token=TOKEN) as server, _sender(server, transport=kind, mode="in_place") as sync:
+        first = sync.push(_model(1), 0)
+        with monkeypatch.context() as patch:
+            patch.setattr(inlet, "receive", flip)
+            with pytest.raises(CorruptError, match="changed on the way"):
+                sync.push(_model(2), 1)
+        assert server.dirty and sync.status()[0].dirty and sync.status()[0].intact is False
+        with pytest.raises(DirtyError, match="mixture"), receiver.serving():
+            pass
+        with pytest.raises(DriftError):
+            sync.check(0, first.digest)
+        report = sync.push(_model(2), 1)
+        sync.check(1, report.digest)
+        assert not server.dirty
+        with receiver.serving() as module:
+            assert _equal(module, _model(2))
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_flipped_byte_is_found_and_the_retry_is_clean(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     inlet = ShmInlet if kind == "shm" else GlooInlet
     receive = inlet.receive
 
-    def flip(self, start, into, deadline) -> None:
-        receive(self, start, into, deadline)
-        into[77] ^= 1
+    def flip(self: Any, bucket: Bucket) -> Place:
+        place = receive(self, bucket)
+        bytes_of = functools.cache(lambda part: place.bytes_of(part).clone())
+        bytes_of(bucket.parts[0])[77] ^= 1
+        return Place("flipped", bytes_of)
 
     engine, trainer = _model(0), _model(1)
     with _served(engine, transport=kind) as sync:
@@ -179,6 +220,57 @@ def test_a_flipped_byte_is_found_and_the_retry_is_clean(kind: str, monkeypatch: 
         sync.check(0, first.digest)
         sync.push(_model(2), 1)
         assert _equal(engine, _model(2))
+
+
+def test_a_transfer_in_place_that_ends_before_its_first_byte_changes_nothing() -> None:
+    engine, trainer = _model(0), _model(1)
+    with _served(engine, mode="in_place") as sync:
+        first = sync.push(trainer, 0)
+        with pytest.raises(KeyError, match="a shard is missing"):
+            sync.push(Streamed(_model(2), fails_at="0.weight"), 1)
+        sync.check(0, first.digest)
+        assert _equal(engine, trainer)
+
+
+def test_an_older_version_does_not_heal_it() -> None:
+    engine = torch.nn.ParameterDict({"a": torch.zeros(BLOCK_BYTES), "b": torch.zeros(3)})
+    with _served(engine, mode="in_place", bucket_bytes=BLOCK_BYTES) as sync:
+        sync.push(_constant(engine, 1.0), 5)
+        with pytest.raises(KeyError):
+            sync.push(Streamed(_constant(engine, 2.0), fails_at="b"), 6)
+        assert sync.status()[0].dirty
+        with pytest.raises(VersionError, match="versions only grow"):
+            sync.push(_constant(engine, 3.0), 4)
+        assert sync.status()[0].dirty
+        sync.push(_constant(engine, 4.0), 5)  # the version before is as good as the one that failed
+        assert not sync.status()[0].dirty
+        assert engine["a"].eq(4).all() and engine["b"].eq(4).all()
+
+
+def test_without_a_digest_nothing_is_proven_but_everything_arrives() -> None:
+    engine = _model(0)
+    with _served(engine, digest=False) as sync:
+        report = sync.push(_model(1), 0)
+        assert report.digest == "" and _equal(engine, _model(1))
+        sync.check(0, "")
+        assert sync.push(_model(1), 0).routes[0].transport == "none"
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_an_arena_that_is_shared_is_read_where_it_lies(mode: str) -> None:
+    engine, trainer = _model(0), _model(1)
+    expected = {name: tensor.clone() for name, tensor in named_weights(trainer).items()}
+    arena = SharedArena.adopt(trainer)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in named_weights(trainer).items())
+    with _served(engine, mode=mode) as sync:
+        assert sync.push(arena, 0).routes[0].transport == "shm"
+        assert _equal(engine, trainer)
+        with torch.no_grad():
+            for parameter in trainer.parameters():
+                parameter.mul_(2)
+        sync.push(arena, 1)
+        assert _equal(engine, trainer) and not torch.equal(engine[0].weight, expected["0.weight"])
+    arena.segment.close()
 
 
 def test_a_source_that_fails_midway_aborts() -> None:
@@ -241,7 +333,7 @@ def test_a_receiver_that_is_behind_is_caught_up_by_the_same_version(monkeypatch:
     with _sender(*servers) as sync:
         first = sync.push(_model(1), 0)
         with monkeypatch.context() as patch:
-            patch.setattr(receivers[1], "load", _raise)
+            patch.setattr(receivers[1], "install", _raise)
             with pytest.raises(CommitError, match="push it again"):
                 sync.push(_model(2), 1)
         dirty = [state.dirty for state in sync.status()]
@@ -269,11 +361,11 @@ def test_weights_changed_behind_its_back_are_seen() -> None:
 
 
 def test_auto_takes_gloo_where_shared_memory_has_no_room(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(routes_module, "free_bytes", lambda: 10)
+    monkeypatch.setattr(routes_module, "available_bytes", lambda: 10)
     engine = _model(0)
     with _served(engine) as sync:
         route = sync.push(_model(1), 0).routes[0]
-    assert route.transport == "gloo" and "10 bytes free" in route.why
+    assert route.transport == "gloo" and "10 bytes of memory are free" in route.why
     assert _equal(engine, _model(1))
 
 
@@ -302,7 +394,8 @@ def test_nothing_to_send_is_an_error() -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{"transport": "carrier pigeon"}, {"deadline_s": 0.0}, {"bucket_bytes": 5}, {"token": "short"}]
+    "options",
+    [{"transport": "pigeon"}, {"deadline_s": 0.0}, {"bucket_bytes": 5}, {"token": "short"}, {"mode": "hasty"}],
 )
 def test_bad_settings_are_refused_at_once(options: dict[str, object]) -> None:
     with pytest.raises(ValueError):
@@ -315,6 +408,10 @@ def test_every_error_names_stage_peer_and_reason() -> None:
     error = SyncError("it said no", stage="verify", peer="engine 3")
     assert str(error) == "verify with engine 3: it said no"
     assert (error.stage, error.peer, error.reason) == ("verify", "engine 3", "it said no")
+
+
+def _constant(like: torch.nn.ParameterDict, value: float) -> torch.nn.Module:
+    return torch.nn.ParameterDict({name: torch.full_like(tensor, value) for name, tensor in like.items()})
 
 
 def _raise(staged: object) -> None:

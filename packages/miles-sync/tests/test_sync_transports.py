@@ -2,76 +2,103 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 
+from miles_sync.buckets import cut
 from miles_sync.channel import Deadline
-from miles_sync.errors import CorruptError, DeadlineError, PeerLostError, TransportError
-from miles_sync.transports import Arena, Inlet, Link
-from miles_sync.transports import shm as shm_module
-from miles_sync.transports.gloo import GlooArena, GlooInlet, GlooLink
-from miles_sync.transports.shm import DIRECTORY, Segment, ShmArena, ShmInlet, ShmLink, read_probe
+from miles_sync.digest import BLOCK_BYTES
+from miles_sync.errors import DeadlineError, PeerLostError, TransportError
+from miles_sync.manifest import TensorMeta, lay_out
+from miles_sync.transports import Inlet, Outlet, Stream
+from miles_sync.transports.gloo import GlooInlet, GlooOutlet
+from miles_sync.transports.shm import Segment, ShmInlet, ShmOutlet, open_segment, read_probe
 
-BUCKET = 1 << 16
-TOTAL = 3 * BUCKET + 192
+METAS = [TensorMeta(f"t{i}", "uint8", (BLOCK_BYTES + 100,)) for i in range(3)]
+MANIFEST = lay_out(METAS, 0)
+BUCKETS = cut(MANIFEST, BLOCK_BYTES)
+TOTAL = MANIFEST.total_bytes
+
+
+def _silence(seconds: float) -> None:
+    time.sleep(seconds)
 
 
 @contextmanager
-def _open(kind: str) -> Iterator[tuple[Arena, Link, Inlet]]:
+def _open(kind: str, receivers: int = 1) -> Iterator[tuple[Outlet, list[Inlet]]]:
     inlets: list[Inlet] = []
     if kind == "shm":
-        arena: Arena = ShmArena(TOTAL)
-        assert isinstance(arena, ShmArena)
-        link: Link = ShmLink(arena)
-        inlets.append(ShmInlet(link.address, link.nbytes))
+        outlet: Outlet = ShmOutlet(Segment(TOTAL))
+        inlets += [ShmInlet(outlet.address) for _ in range(receivers)]
     else:
-        arena = GlooArena(BUCKET)
-        link = GlooLink("127.0.0.1", "peer")
-        thread = threading.Thread(target=lambda: inlets.append(GlooInlet(link.address, "127.0.0.1", Deadline(10))))
-        thread.start()
-        link.attach(Deadline(10))
-        thread.join()
+        outlet = GlooOutlet("127.0.0.1", receivers, BLOCK_BYTES)
+
+        def join(rank: int) -> None:
+            inlets.append(GlooInlet(outlet.address, outlet.detail(rank), "127.0.0.1", Deadline(10)))
+
+        threads = [threading.Thread(target=join, args=(rank + 1,)) for rank in range(receivers)]
+        for thread in threads:
+            thread.start()
+        outlet.attach(Deadline(10), _silence)
+        for thread in threads:
+            thread.join()
     try:
-        yield arena, link, inlets[0]
+        yield outlet, inlets
     finally:
-        inlets[0].close()
-        link.close()
-        arena.close()
+        for inlet in inlets:
+            inlet.close()
+        outlet.close()
+        if isinstance(outlet, ShmOutlet):
+            outlet.segment.close()
 
 
-@pytest.mark.parametrize("kind", ["shm", "gloo"])
-def test_every_byte_arrives_sync_after_sync(kind: str) -> None:
-    with _open(kind) as (arena, link, inlet):
-        assert (link.kind, link.address) == (kind, inlet.address)
+def _receive(inlet: Inlet, into: torch.Tensor, stream: Stream) -> None:
+    inlet.start(stream)
+    for bucket in BUCKETS:
+        place = inlet.receive(bucket)
+        for part in bucket.parts:
+            into[part.offset : part.offset + part.nbytes] = place.bytes_of(part)
+        inlet.release(bucket)
+
+
+@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.parametrize(("kind", "receivers"), [("shm", 1), ("shm", 2), ("gloo", 1), ("gloo", 2)])
+def test_every_byte_arrives_sync_after_sync(kind: str, receivers: int, keep: bool) -> None:
+    with _open(kind, receivers) as (outlet, inlets):
+        assert outlet.kind == kind and {inlet.address for inlet in inlets} == {outlet.address}
         for seed in range(3):
             sent = torch.randint(0, 256, (TOTAL,), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
-            arrived = torch.zeros_like(sent)
-            ready = threading.Semaphore(0)
-
-            def receive(into: torch.Tensor = arrived, ready: threading.Semaphore = ready) -> None:
-                for start in range(0, TOTAL, BUCKET):
-                    ready.acquire()
-                    inlet.receive(start, into[start : start + BUCKET], Deadline(10))
-
-            thread = threading.Thread(target=receive)
-            thread.start()
-            for start in range(0, TOTAL, BUCKET):
-                piece = sent[start : start + BUCKET]
-                buffer = arena.buffer(start, start + piece.numel())
-                buffer.copy_(piece)
-                ready.release()
-                link.send(buffer, Deadline(10))
-            link.flush(Deadline(10))
-            thread.join()
-            assert torch.equal(arrived, sent)
-    link.close()  # closing twice is allowed
+            arrived = [torch.zeros_like(sent) for _ in inlets]
+            kept = [torch.zeros_like(sent) if keep else None for _ in inlets]
+            streams = [Stream(BUCKETS, into, 10.0, _silence) for into in kept]
+            threads = [
+                threading.Thread(target=_receive, args=given) for given in zip(inlets, arrived, streams, strict=True)
+            ]
+            for thread in threads:
+                thread.start()
+            for bucket in BUCKETS:
+                buffer = outlet.buffer(bucket, 10.0, _silence)
+                buffer.copy_(sent[bucket.start : bucket.stop])
+                outlet.send(bucket, buffer)
+                for stream in streams:
+                    stream.filled = bucket.stop
+            outlet.flush(10.0, _silence)
+            for thread in threads:
+                thread.join()
+            covered = torch.cat([torch.arange(p.offset, p.offset + p.nbytes) for b in BUCKETS for p in b.parts])
+            for found, into in zip(arrived, kept, strict=True):
+                assert torch.equal(found[covered], sent[covered])
+                if into is not None and not inlets[0].lasting:
+                    assert torch.equal(into[covered], sent[covered])
+    outlet.close()  # closing twice is allowed
 
 
 @pytest.mark.parametrize("kind", ["shm", "gloo"])
@@ -80,129 +107,120 @@ def test_no_default_process_group(kind: str) -> None:
         assert not dist.is_initialized()
 
 
-def test_shm_is_private_and_unguessable() -> None:
+def test_shm_is_private_unguessable_and_in_no_directory() -> None:
     one, other = Segment(64), Segment(64)
-    try:
-        status = os.stat(os.path.join(DIRECTORY, one.name))
-        assert status.st_mode & 0o777 == 0o600
-        assert one.name != other.name and len(one.name) >= 32
-    finally:
-        one.close()
-        other.close()
-    assert not os.path.exists(os.path.join(DIRECTORY, one.name))
+    path = one.address.split(" ")[0]
+    assert one.address.split(" ")[1] != other.address.split(" ")[1]
+    assert os.stat(os.path.dirname(path)).st_mode & 0o077 == 0
+    other.close()
+    one.close()
+    with pytest.raises(TransportError, match="No such file"):
+        open_segment(one.address)
 
 
-def test_shm_lives_on_unlinked() -> None:
-    arena = ShmArena(64)
-    inlet = ShmInlet(arena.segment.name, 64)
-    arena.segment.unlink()
-    arena.buffer(0, 64).fill_(7)
-    into = torch.zeros(64, dtype=torch.uint8)
-    inlet.receive(0, into, Deadline(1))
-    assert into.eq(7).all()
-    inlet.close()
-    arena.close()
+def test_shm_lives_on_when_its_maker_is_gone() -> None:
+    segment = Segment(64)
+    mapped = open_segment(segment.address)
+    segment.data.fill_(7)
+    segment.close()
+    del segment
+    assert mapped.eq(7).all()
 
 
-def test_shm_cut_short_under_the_reader_is_an_error_not_a_crash() -> None:
-    arena = ShmArena(8192)
-    inlet = ShmInlet(arena.segment.name, 8192)
-    os.truncate(os.path.join(DIRECTORY, arena.segment.name), 4096)
-    with pytest.raises(CorruptError, match="4096 short"):
-        inlet.receive(0, torch.zeros(8192, dtype=torch.uint8), Deadline(1))
-    inlet.close()
-    arena.close()
+def test_shm_cannot_be_cut_under_the_reader() -> None:
+    segment = Segment(8192)
+    with pytest.raises(PermissionError):
+        os.truncate(segment.address.split(" ")[0], 4096)
+    segment.close()
 
 
-@pytest.mark.parametrize("fault", ["short", "public", "missing", "elsewhere", "link"])
-def test_shm_opens_nothing_but_a_private_segment_of_full_length(fault: str) -> None:
-    arena = ShmArena(4096)
-    name = arena.segment.name
-    path = os.path.join(DIRECTORY, name)
-    nbytes = 4096
-    link = None
-    match fault:
-        case "short":
-            nbytes = 4097
-        case "public":
-            os.chmod(path, 0o644)
-        case "missing":
-            arena.segment.unlink()
-        case "elsewhere":
-            name = "../../etc/hostname"
-        case "link":
-            name = "miles-sync-" + "0" * 32
-            link = os.path.join(DIRECTORY, name)
-            os.symlink(path, link)
+@pytest.mark.parametrize("fault", ["long", "unsealed", "missing", "elsewhere", "other"])
+def test_shm_opens_nothing_but_a_sealed_segment_of_full_length(fault: str, tmp_path: Path) -> None:
+    segment = Segment(4096)
+    path, name, nbytes = segment.address.split(" ")
+    file = os.memfd_create(name)
+    os.ftruncate(file, 4096)
+    address = {
+        "long": f"{path} {name} 4097",
+        "unsealed": f"/proc/{os.getpid()}/fd/{file} {name} {nbytes}",
+        "missing": f"/proc/{os.getpid()}/fd/999999 {name} {nbytes}",
+        "elsewhere": f"/etc/hostname {name} {nbytes}",
+        "other": f"{path} miles-sync-{'0' * 32} {nbytes}",
+    }[fault]
     try:
         with pytest.raises(TransportError):
-            ShmInlet(name, nbytes)
-    finally:
-        arena.close()
-        if link:
-            os.unlink(link)
-
-
-def test_shm_sweeps_what_a_killed_sender_left_and_nothing_else() -> None:
-    left = os.path.join(DIRECTORY, "miles-sync-" + os.urandom(16).hex())
-    held = os.path.join(DIRECTORY, "miles-sync-" + os.urandom(16).hex())
-    os.close(os.open(left, os.O_CREAT | os.O_RDWR, 0o600))
-    file = os.open(held, os.O_CREAT | os.O_RDWR, 0o600)
-    fcntl.flock(file, fcntl.LOCK_EX)
-    try:
-        Segment(64).close()
-        assert not os.path.exists(left) and os.path.exists(held)
+            open_segment(address)
     finally:
         os.close(file)
-        os.unlink(held)
+        segment.close()
 
 
-def test_shm_without_room_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shm_without_room_says_so() -> None:
     with pytest.raises(TransportError, match="no room"):
         Segment(1 << 50)
-    monkeypatch.setattr(shm_module, "DIRECTORY", "/nonexistent")
-    with pytest.raises(TransportError, match="nonexistent"):
-        Segment(64)
-    assert shm_module.free_bytes() == 0
+    with pytest.raises(TransportError, match="must hold"), _open("shm") as (_, inlets):
+        longer = cut(lay_out([TensorMeta("a", "uint8", (TOTAL * 2,))], 0), BLOCK_BYTES)
+        inlets[0].start(Stream(longer, None, 1.0, _silence))
 
 
 def test_probe_reads_what_was_written() -> None:
     segment = Segment(32)
     segment.data.copy_(torch.arange(48, 80, dtype=torch.uint8))
-    assert read_probe(segment.name) == bytes(range(48, 80)).decode()
+    assert read_probe(segment.address) == bytes(range(48, 80)).decode()
     segment.close()
 
 
-def test_gloo_names_a_receiver_that_stops_reading() -> None:
-    with _open("gloo") as (_, link, _):
-        big = torch.zeros(1 << 26, dtype=torch.uint8)
-        link.send(big, Deadline(1))
+def test_shm_waits_for_what_is_not_there_yet_until_the_deadline() -> None:
+    with _open("shm") as (_, inlets):
+        inlets[0].start(Stream(BUCKETS, None, 0.2, _silence))
         with pytest.raises(DeadlineError, match=r"nothing moved within 0\.2 s"):
-            link.flush(Deadline(0.2))
+            inlets[0].receive(BUCKETS[0])
+
+
+def test_gloo_names_a_receiver_that_stops_reading() -> None:
+    with _open("gloo") as (outlet, _):
+        for bucket in BUCKETS[:2]:
+            outlet.send(bucket, outlet.buffer(bucket, 1.0, _silence))
+        with pytest.raises(DeadlineError, match=r"nothing moved within 0\.2 s"):
+            for _ in range(200):  # until no socket takes more
+                outlet.send(BUCKETS[0], outlet.buffer(BUCKETS[0], 0.2, _silence))
 
 
 def test_gloo_names_a_peer_that_left() -> None:
-    with _open("gloo") as (arena, link, inlet):
-        inlet.close()
+    with _open("gloo") as (outlet, inlets):
+        inlets[0].close()
         with pytest.raises(PeerLostError):
-            link.send(arena.buffer(0, BUCKET), Deadline(2))
-            link.flush(Deadline(2))
-    with _open("gloo") as (_, link, inlet):
-        link.close()
+            for _ in range(3):
+                outlet.send(BUCKETS[0], outlet.buffer(BUCKETS[0], 2.0, _silence))
+            outlet.flush(2.0, _silence)
+    with _open("gloo") as (outlet, inlets):
+        outlet.close()
         with pytest.raises(PeerLostError):
-            inlet.receive(0, torch.zeros(8, dtype=torch.uint8), Deadline(2))
+            inlets[0].start(Stream(BUCKETS, None, 2.0, _silence))
+            inlets[0].receive(BUCKETS[0])
+
+
+def test_a_wait_ends_where_the_other_side_speaks() -> None:
+    def speaks(seconds: float) -> None:
+        raise PeerLostError("it gave up", stage="transfer")
+
+    for kind in ("shm", "gloo"):
+        with _open(kind) as (_, inlets):
+            inlets[0].start(Stream(BUCKETS, None, 10.0, speaks))
+            with pytest.raises(PeerLostError, match="gave up"):
+                inlets[0].receive(BUCKETS[0])
 
 
 def test_gloo_names_a_peer_that_never_comes() -> None:
-    link = GlooLink("127.0.0.1", "peer")
+    outlet = GlooOutlet("127.0.0.1", 1, BLOCK_BYTES)
     with pytest.raises(TransportError, match="gloo"):
-        link.attach(Deadline(0.2))
+        outlet.attach(Deadline(0.2), _silence)
     with pytest.raises(TransportError, match="gloo store"):
-        GlooInlet("no such address", "127.0.0.1", Deadline(0.2))
+        GlooInlet("no such address", b"1 2", "127.0.0.1", Deadline(0.2))
 
 
 def test_gloo_listens_on_loopback_alone() -> None:
-    link = GlooLink("127.0.0.1", "peer")
+    link = GlooOutlet("127.0.0.1", 1, BLOCK_BYTES)
     port = int(link.address.split(" ")[1])
     with open("/proc/net/tcp") as table:
         listening = [line.split()[1] for line in table if line.split()[3] == "0A"]

@@ -11,6 +11,7 @@ from miles_sync.errors import (
     CommitError,
     CorruptError,
     DeadlineError,
+    DirtyError,
     DriftError,
     ManifestError,
     MismatchError,
@@ -21,9 +22,10 @@ from miles_sync.errors import (
     VersionError,
 )
 from miles_sync.manifest import Entry, Manifest, TensorMeta
-from miles_sync.receivers import ModuleReceiver, Receiver
+from miles_sync.receivers import ModuleReceiver, Piece, Pieces, Receiver
 from miles_sync.report import Route, SyncReport, TargetState
 from miles_sync.server import ReceiverServer, serve
+from miles_sync.shared import SharedArena
 from miles_sync.sources import Source
 from miles_sync.sync import WeightSync
 from miles_sync.targets import ReceiverTarget, Target
@@ -34,12 +36,15 @@ __all__ = [  # noqa: RUF022 - grouped
     "Target",
     "ReceiverTarget",
     "Source",
+    "SharedArena",
     "TensorMeta",
     # receiving
     "serve",
     "ReceiverServer",
     "Receiver",
     "ModuleReceiver",
+    "Piece",
+    "Pieces",
     # what was sent
     "Manifest",
     "Entry",
@@ -53,6 +58,7 @@ __all__ = [  # noqa: RUF022 - grouped
     "CommitError",
     "CorruptError",
     "DeadlineError",
+    "DirtyError",
     "DriftError",
     "ManifestError",
     "MismatchError",

@@ -68,6 +68,10 @@ class DriftError(SyncError):
     """A receiver no longer serves what was committed to it."""
 
 
+class DirtyError(SyncError):
+    """The weights may be a mixture of two versions: a transaction ended half-way, and none has committed since."""
+
+
 FAMILY: dict[str, type[SyncError]] = {
     kind.__name__: kind
     for kind in (
@@ -84,6 +88,7 @@ FAMILY: dict[str, type[SyncError]] = {
         TransportError,
         CommitError,
         DriftError,
+        DirtyError,
     )
 }
 """The family by class name: an error crosses the wire as its name, never as an object."""

@@ -69,7 +69,7 @@ class Entry(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=
     nbytes: int
 
 
-class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict=True):
     """The contents of one transaction.
 
     Attributes:
@@ -85,9 +85,18 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     digest: str = ""
 
     def layout_id(self) -> str:
-        """32 hex digits that name the entries and total: equal ids mean equal layouts."""
-        content = msgspec.msgpack.encode((self.entries, self.total_bytes))
-        return hashlib.blake2b(content, digest_size=16).hexdigest()
+        """32 hex digits that name the entries and total: equal ids mean equal layouts. Worked out once."""
+        known = vars(self).get("layout")
+        if known is None:
+            content = msgspec.msgpack.encode((self.entries, self.total_bytes))
+            known = vars(self)["layout"] = hashlib.blake2b(content, digest_size=16).hexdigest()
+        return known
+
+    def with_version(self, version: int) -> Manifest:
+        """The same layout for another version."""
+        other = Manifest(version, self.entries, self.total_bytes)
+        vars(other)["layout"] = self.layout_id()
+        return other
 
 
 def describe(name: str, tensor: torch.Tensor) -> TensorMeta:

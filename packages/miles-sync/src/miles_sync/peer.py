@@ -1,4 +1,4 @@
-"""A connected receiver, seen from the sender: calls, answers, and the transport towards it."""
+"""A connected receiver, seen from the sender: calls and answers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from miles_sync.channel import Channel, Deadline
 from miles_sync.errors import FAMILY, ProtocolError, SyncError, TransportError
 from miles_sync.messages import Ask, Done, Message, Probe, Refused, State
 from miles_sync.targets import Target
-from miles_sync.transports import Link
 from miles_sync.transports.shm import Segment
 
 _PROBE_CHARS = 32
@@ -23,8 +22,9 @@ class Peer:
         target: Whom.
         channel: The control channel.
         state: What it last said it serves.
-        link: The open transport, or None.
-        why: Why that transport.
+        kind: The transport towards it, "" where none was chosen yet.
+        why: Why that one.
+        attached: Address of the outlet that it has open, or "".
         unshared: Why it cannot read segments of ours; "" where it can.
     """
 
@@ -32,8 +32,8 @@ class Peer:
         """Hear what the receiver serves. Raises `BusyError` where it has another sender."""
         self.target = target
         self.channel = channel
-        self.link: Link | None = None
-        self.why = ""
+        self.kind = self.why = self.attached = ""
+        self._early: list[Done] = []
         self.state = self._state(deadline)
         self.unshared = self._probe(deadline)
 
@@ -49,21 +49,24 @@ class Peer:
 
     def answer(self, call: str, stage: str, deadline: Deadline) -> Done:
         """Wait for the answer to `call`. Raises what the receiver refused with, as a `SyncError`."""
-        message = self.channel.receive(deadline, stage)
+        message = self._early.pop(0) if self._early else self.channel.receive(deadline, stage)
         self._raise_refusal(message)
         if not isinstance(message, Done) or message.call != call:
             raise ProtocolError(f"{message} is no answer to {call}", stage=stage, peer=self.name)
         return message
 
-    def raise_news(self, stage: str) -> None:
-        """Raise what the receiver has said unasked: mid-transfer, that can only be a refusal or the end."""
-        if self.channel.poll(0):
+    def listen(self, seconds: float, stage: str) -> None:
+        """Raise what the receiver has to say against a transfer, or its end; an answer is kept for who waits for it."""
+        if self.channel.poll(seconds):
             message = self.channel.receive(Deadline(1), stage)
             self._raise_refusal(message)
-            raise ProtocolError(f"{message} came unasked", stage=stage, peer=self.name)
+            if not isinstance(message, Done):
+                raise ProtocolError(f"{message} came unasked", stage=stage, peer=self.name)
+            self._early.append(message)
 
     def drain(self, call: str, deadline: Deadline) -> None:
         """Skip answers to earlier calls until the one to `call`."""
+        self._early.clear()
         while True:
             message = self.channel.receive(deadline, "abort")
             if isinstance(message, Done | Refused) and message.call == call:
@@ -76,15 +79,8 @@ class Peer:
         return self.state
 
     def close(self) -> None:
-        """End transport and connection; the receiver forgets any open transaction."""
-        self.unlink()
+        """End the connection; the receiver forgets any open transaction."""
         self.channel.close()
-
-    def unlink(self) -> None:
-        """Close the transport."""
-        link, self.link = self.link, None
-        if link is not None:
-            link.close()
 
     def _probe(self, deadline: Deadline) -> str:
         """Try whether the receiver can read a segment of ours. Returns "" or the reason why not."""
@@ -95,7 +91,7 @@ class Peer:
             return error.reason
         try:
             segment.data.copy_(torch.tensor(list(content.encode()), dtype=torch.uint8))
-            done = self.call(Probe(segment.name), "connect", deadline)
+            done = self.call(Probe(segment.address), "connect", deadline)
         except TransportError as error:
             return error.reason
         finally:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from miles_sync.messages import Mode
+
 STAGES: tuple[str, ...] = ("begin", "transfer", "verify", "commit")
 
 
@@ -13,7 +15,7 @@ class Route:
 
     Attributes:
         target: The receiver, as the caller named it.
-        transport: "shm" or "gloo"; "none" where it already served this version and digest.
+        transport: "shm", "gloo", "nccl", "ipc"; "none" where it already served this version and digest.
         why: Why this transport, in one sentence.
     """
 
@@ -28,7 +30,8 @@ class SyncReport:
 
     Attributes:
         version: The version that every target now serves.
-        digest: 32 hex digits, the same at the sender and every receiver.
+        digest: 32 hex digits, the same at the sender and every receiver; "" where none was asked for.
+        mode: "staged" or "in_place".
         nbytes: Bytes of one copy of the weights, alignment included.
         tensors: How many tensors they are.
         seconds: By stage: "begin", "transfer" (packing and the sender's digest included), "verify", "commit".
@@ -37,6 +40,7 @@ class SyncReport:
 
     version: int
     digest: str
+    mode: Mode
     nbytes: int
     tensors: int
     seconds: dict[str, float]
@@ -57,6 +61,7 @@ class SyncReport:
         return {
             "version": self.version,
             "digest": self.digest,
+            "mode": self.mode,
             "bytes": self.nbytes,
             "tensors": self.tensors,
             "total_s": self.total_s,

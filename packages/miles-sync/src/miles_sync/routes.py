@@ -1,105 +1,193 @@
-"""Which transport leads to which receiver, and the buffers behind them: opened once, reused for each push."""
+"""Which transport leads to which receiver, and what is open: opened once, reused for each push.
+
+one GPU for both                          ipc     receivers read the trainer's tensors where they lie
+GPUs of one host or of several, NCCL      nccl    one broadcast for all of them
+host memory, one machine                  shm     receivers read the segment where it lies
+anything else                             gloo    TCP, through host memory
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Literal
 
+import torch
+
+from miles_sync.buckets import DEVICE_BUCKET_BYTES, HOST_BUCKET_BYTES
 from miles_sync.channel import Deadline
+from miles_sync.errors import SyncError
 from miles_sync.messages import Attach
 from miles_sync.peer import Peer
-from miles_sync.transports import Arena
-from miles_sync.transports.gloo import GlooArena, GlooLink
-from miles_sync.transports.shm import ShmArena, ShmLink, free_bytes
+from miles_sync.shared import SharedArena
+from miles_sync.sources import Source
+from miles_sync.transports import Hear, Outlet
+from miles_sync.transports import ipc as ipc_transport
+from miles_sync.transports import nccl as nccl_transport
+from miles_sync.transports.gloo import GlooOutlet
+from miles_sync.transports.ipc import IpcOutlet
+from miles_sync.transports.nccl import NcclOutlet
+from miles_sync.transports.shm import Segment, ShmOutlet, available_bytes
 
-Transport = Literal["auto", "shm", "gloo"]
-TRANSPORTS = ("auto", "shm", "gloo")
+Transport = Literal["auto", "shm", "gloo", "nccl", "ipc"]
+TRANSPORTS = ("auto", "shm", "gloo", "nccl", "ipc")
+
+
+@dataclass(frozen=True)
+class Load:
+    """What is to be sent, as far as the choice of a transport depends on it.
+
+    Attributes:
+        source: The tensors.
+        held: They themselves, where they stay where they are during a push; else None.
+        device: Where they are.
+        nbytes: Of the flat buffer.
+    """
+
+    source: Source
+    held: Sequence[torch.Tensor] | None
+    device: torch.device
+    nbytes: int
 
 
 class Routes:
-    """Opens links and the arena that feeds them.
+    """Opens outlets.
 
     Args:
-        transport: One for all, or "auto": shared memory where it can be shared and has room, else gloo.
-        bucket_bytes: Length of a bucket.
+        transport: One for all, or "auto".
+        bucket_bytes: Length of a bucket, or None for what suits the transport.
     """
 
-    def __init__(self, transport: Transport, bucket_bytes: int) -> None:
+    def __init__(self, transport: Transport, bucket_bytes: int | None) -> None:
         """Open nothing yet."""
         self._transport = transport
         self._bucket_bytes = bucket_bytes
-        self._shm: ShmArena | None = None
-        self._gloo: GlooArena | None = None
+        self._open: dict[str, tuple[Outlet, list[Peer]]] = {}
+        self._segment: Segment | None = None
 
-    def open(self, peers: Sequence[Peer], txn: str, nbytes: int, deadline: Deadline) -> Arena:
-        """See that every peer has a link for a flat buffer of `nbytes`.
+    def choose(self, peers: Sequence[Peer], load: Load) -> dict[str, list[Peer]]:
+        """Peers by transport; the reason is left with each peer."""
+        chosen: dict[str, list[Peer]] = {}
+        for peer in peers:
+            kind, peer.why = self._choose(peer, peers, load)
+            peer.kind = kind
+            chosen.setdefault(kind, []).append(peer)
+        return chosen
 
-        Returns:
-            The arena to pack into. Raises `TransportError` where the transport asked for cannot be had.
-        """
-        shared = [peer for peer in peers if self._choose(peer, nbytes)]
-        if shared:
-            self._share(shared, nbytes)
-        if self._gloo is None and not shared:
-            self._gloo = GlooArena(self._bucket_bytes)
-        each(lambda peer: self._attach(peer, peer in shared, txn, deadline), peers)
-        if self._shm is not None:
-            self._shm.segment.unlink()  # everyone has it open: from here on a kill leaves nothing behind
-        arena = self._shm if shared else self._gloo
-        assert arena is not None
-        return arena
+    def bucket_bytes(self, kinds: Sequence[str]) -> int:
+        """Length of a bucket."""
+        if self._bucket_bytes is not None:
+            return self._bucket_bytes
+        return DEVICE_BUCKET_BYTES if set(kinds) <= {"nccl", "ipc"} else HOST_BUCKET_BYTES
+
+    def open(
+        self, chosen: dict[str, list[Peer]], load: Load, txn: str, bucket_bytes: int, deadline: Deadline, hear: Hear
+    ) -> list[Outlet]:
+        """See that every peer is attached to its outlet. Raises `TransportError` where one cannot be had."""
+        outlets = []
+        for kind in [kind for kind in self._open if kind not in chosen]:
+            self._close(kind)
+        for kind, peers in chosen.items():
+            outlet = self._outlet(kind, peers, load, bucket_bytes)
+            missing = [peer for peer in peers if peer.attached != outlet.address]
+            for peer in missing:
+                peer.attached = ""
+                detail = outlet.detail(peers.index(peer) + 1)
+                peer.channel.send(Attach(txn, kind, outlet.address, detail), deadline, "transfer")
+            if missing:
+                outlet.attach(deadline, hear)
+            for peer in missing:
+                peer.answer("Attach", "transfer", deadline)
+                peer.attached = outlet.address
+            outlets.append(outlet)
+        return outlets
 
     def close(self) -> None:
-        """Drop the buffers. The links are the peers' to close."""
-        for arena in (self._shm, self._gloo):
-            if arena is not None:
-                arena.close()
-        self._shm = self._gloo = None
+        """Close all outlets and drop their buffers."""
+        for kind in list(self._open):
+            self._close(kind)
+        if self._segment is not None:
+            self._segment.close()
+            self._segment = None
 
-    def _choose(self, peer: Peer, nbytes: int) -> bool:
-        """Whether a peer is reached through shared memory; leaves the reason with it."""
+    def _close(self, kind: str) -> None:
+        outlet, peers = self._open.pop(kind)
+        outlet.close()
+        for peer in peers:
+            peer.attached = ""
+
+    def _outlet(self, kind: str, peers: list[Peer], load: Load, bucket_bytes: int) -> Outlet:
+        """The open outlet where it still serves, else a new one."""
+        known = self._open.get(kind)
+        if known is not None and self._serves(known, peers, load):
+            return known[0]
+        if known is not None:
+            self._close(kind)
+        match kind:
+            case "shm":
+                outlet: Outlet = ShmOutlet(self._segment_for(load))
+            case "gloo":
+                outlet = GlooOutlet(peers[0].channel.local_host, len(peers), bucket_bytes)
+            case "nccl":
+                outlet = NcclOutlet(_device_of(load, kind), len(peers), bucket_bytes)
+            case _:
+                outlet = IpcOutlet(_held(load))
+        self._open[kind] = outlet, peers
+        return outlet
+
+    def _serves(self, known: tuple[Outlet, list[Peer]], peers: list[Peer], load: Load) -> bool:
+        outlet, attached = known
+        if isinstance(outlet, ShmOutlet):
+            if isinstance(load.source, SharedArena):
+                return outlet.segment is load.source.segment
+            return outlet.segment is self._segment and outlet.segment.data.numel() >= load.nbytes
+        if isinstance(outlet, IpcOutlet):
+            return load.held is not None and outlet.holds(load.held)
+        # A group is made of these very peers, and one that left has broken it.
+        return attached == peers and all(peer.attached == outlet.address for peer in peers)
+
+    def _segment_for(self, load: Load) -> Segment:
+        if isinstance(load.source, SharedArena):
+            return load.source.segment
+        if self._segment is None or self._segment.data.numel() < load.nbytes:
+            if self._segment is not None:
+                self._segment.close()
+            self._segment = Segment(load.nbytes)
+        return self._segment
+
+    def _choose(self, peer: Peer, peers: Sequence[Peer], load: Load) -> tuple[str, str]:
+        """The transport for a peer, and why."""
         if self._transport != "auto":
-            peer.why = "asked for"
-            return self._transport == "shm"
-        held = 0 if self._shm is None else self._shm.segment.nbytes
+            return self._transport, "asked for"
+        device = self._device_route(peer, peers, load)
+        if device is not None:
+            return device
+        held = 0 if self._segment is None else self._segment.data.numel()
         if peer.unshared:
-            peer.why = f"no shared memory: {peer.unshared}"
-        elif free_bytes() + held < nbytes:
-            peer.why = f"/dev/shm has {free_bytes()} bytes free, {nbytes} are needed"
-        else:
-            peer.why = "same machine: a probe segment was read back"
-        return peer.why.startswith("same")
+            return "gloo", f"no shared memory: {peer.unshared}"
+        if available_bytes() + held < load.nbytes:
+            return "gloo", f"{available_bytes()} bytes of memory are free, {load.nbytes} are needed to share"
+        return "shm", "same machine: a probe segment was read back"
 
-    def _share(self, peers: Sequence[Peer], nbytes: int) -> None:
-        """Keep the segment if it is long enough and everyone has it or still can open it; else make another."""
-        segment = None if self._shm is None else self._shm.segment
-        if segment is not None and segment.nbytes >= nbytes:
-            opened = all(peer.link is not None and peer.link.address == segment.name for peer in peers)
-            if opened or segment.linked:
-                return
-        if self._shm is not None:
-            self._shm.close()
-            self._shm = None
-        self._shm = ShmArena(nbytes)
-
-    def _attach(self, peer: Peer, shared: bool, txn: str, deadline: Deadline) -> None:
-        if shared:
-            assert self._shm is not None
-            if peer.link is not None and peer.link.address == self._shm.segment.name:
-                return
-            peer.unlink()
-            peer.link = ShmLink(self._shm)
-        elif peer.link is None or peer.link.kind != "gloo":
-            peer.unlink()
-            peer.link = GlooLink(peer.channel.local_host, peer.name)
-        else:
-            return
-        link = peer.link
-        message = Attach(txn, link.kind, link.address, link.nbytes)
-        peer.channel.send(message, deadline, "transfer")
-        link.attach(deadline)
-        peer.answer("Attach", "transfer", deadline)
+    def _device_route(self, peer: Peer, peers: Sequence[Peer], load: Load) -> tuple[str, str] | None:
+        if load.device.type != "cuda" or peer.state.device == "cpu":
+            return None
+        ours = ipc_transport.uuid_of(load.device)
+        if peer.state.device == ours:
+            if peer.unshared or load.held is None:
+                return None  # NCCL does not connect a GPU with itself
+            known = self._open.get("ipc")
+            if known is None or not self._serves(known, known[1], load):
+                try:
+                    ipc_transport.exportable(load.held)
+                except SyncError:
+                    return None
+            return "ipc", "both on one GPU: its memory is mapped"
+        against = nccl_transport.reason_against() or peer.state.nccl
+        if against or len({other.state.device for other in peers}) < len(peers):
+            return None
+        return "nccl", "both on GPUs, not the same one"
 
 
 def each[T, R](act: Callable[[T], R], items: Sequence[T]) -> list[R]:
@@ -116,3 +204,17 @@ def each[T, R](act: Callable[[T], R], items: Sequence[T]) -> list[R]:
             errors[0].add_note(f"also: {other}")
         raise errors[0]
     return [future.result() for future in futures]
+
+
+def _device_of(load: Load, kind: str) -> torch.device:
+    if load.device.type != "cuda":
+        raise SyncError(f'transport="{kind}" needs weights on a GPU, these are on {load.device}', stage="begin")
+    return load.device
+
+
+def _held(load: Load) -> Sequence[torch.Tensor]:
+    if load.held is None:
+        raise SyncError(
+            'transport="ipc" needs tensors that stay where they are: pass a module or a mapping', stage="begin"
+        )
+    return load.held

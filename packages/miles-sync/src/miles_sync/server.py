@@ -37,7 +37,12 @@ class ReceiverServer:
     @property
     def version(self) -> int:
         """The version last committed, -1 where none was."""
-        return self._staging.state(recompute=False).version
+        return self._staging.version
+
+    @property
+    def dirty(self) -> bool:
+        """Whether the weights may be a mixture of two versions: they must not be served."""
+        return self._staging.dirty
 
     def wait(self, seconds: float | None = None) -> None:
         """Block until `close`, or for `seconds`."""
@@ -93,7 +98,7 @@ def serve(
     """Let senders that hold `token` update a receiver's weights, from a thread of this process.
 
     Args:
-        receiver: Whose weights change, and only in a commit; see `ModuleReceiver.lock`.
+        receiver: Whose weights change: in a commit, or in place as they arrive; see `ModuleReceiver.serving`.
         token: The secret that both sides share, at least 16 characters.
         host: Address to listen on; loopback unless you ask for more.
         port: 0 picks a free one.

@@ -35,6 +35,15 @@ class Source(Protocol):
         ...
 
 
+@runtime_checkable
+class Held(Source, Protocol):
+    """A source whose tensors stay where they are, unchanged, for as long as a push lasts."""
+
+    def held(self) -> Sequence[torch.Tensor]:
+        """All tensors, one for each of `metadata`, in its order."""
+        ...
+
+
 class NamedTensors:
     """A source over (name, tensor) pairs.
 
@@ -44,10 +53,17 @@ class NamedTensors:
     def __init__(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Hold the pairs, not copies of them."""
         self._tensors = list(tensors)
+        self._metadata: list[TensorMeta] | None = None
 
     def metadata(self) -> Sequence[TensorMeta]:
         """Name, dtype and shape of each tensor."""
-        return [describe(name, tensor) for name, tensor in self._tensors]
+        if self._metadata is None:
+            self._metadata = [describe(name, tensor) for name, tensor in self._tensors]
+        return self._metadata
+
+    def held(self) -> Sequence[torch.Tensor]:
+        """The tensors."""
+        return [tensor for _, tensor in self._tensors]
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield the pairs."""
@@ -155,7 +171,7 @@ def as_source(
         return NamedTensors(named_weights(weights).items())
     if isinstance(weights, Mapping):
         return NamedTensors(cast(Mapping[str, torch.Tensor], weights).items())
-    if isinstance(weights, NamedTensors | Encoded):
+    if isinstance(weights, Held | Encoded):
         return weights
     if isinstance(weights, Source):
         return _Announced(weights)

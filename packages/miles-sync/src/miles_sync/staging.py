@@ -2,46 +2,45 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
-from collections.abc import Mapping
-
-import torch
+from collections.abc import Callable
 
 from miles_sync import manifest as manifests
+from miles_sync.arrival import Arrival
 from miles_sync.channel import Channel, Deadline
-from miles_sync.digest import CHUNK_BYTES, Digest
 from miles_sync.errors import (
     BusyError,
     CommitError,
     CorruptError,
     ManifestError,
+    PeerLostError,
     ProtocolError,
     SyncError,
-    TransportError,
     VersionError,
 )
-from miles_sync.manifest import Manifest
+from miles_sync.inlets import open_inlet, reach
 from miles_sync.messages import (
     Abort,
     Ask,
     Attach,
     Begin,
-    Bucket,
     Commit,
     Done,
+    Filled,
     Message,
     Prepare,
     Probe,
     Refused,
     State,
+    Stream,
     Verify,
 )
 from miles_sync.receivers import Receiver
 from miles_sync.transports import Inlet
-from miles_sync.transports.gloo import GlooInlet
-from miles_sync.transports.shm import ShmInlet, read_probe
+from miles_sync.transports.shm import read_probe
 
 _log = logging.getLogger(__name__)
 
@@ -49,7 +48,7 @@ MAX_DEADLINE_S = 24 * 3600.0
 _NOTICE_S = 1.0  # how often a connection looks whether the sender was silent for too long
 _LEAVE_S = 1.0  # how long a newcomer waits for a connection that is about to end
 
-IDLE, BEGUN, PREPARED, RECEIVING, VERIFIED = "idle", "begun", "prepared", "receiving", "verified"
+IDLE, BEGUN, PREPARED, RECEIVED, VERIFIED = "idle", "begun", "prepared", "received", "verified"
 
 
 class Staging:
@@ -72,15 +71,16 @@ class Staging:
         self._remote_orders = remote_orders
         self._lock = threading.RLock()
         self._channel: Channel | None = None
-        self._committed: Manifest | None = None
-        self._fingerprint = ""
+        self._unread: Message | None = None  # heard in the middle of a transfer
+        self._committed: tuple[int, str] | None = None  # version, digest
+        self._baseline: Callable[[], str] | None = None
         self._dirty = False
-        self._layout = ""  # of the tensors below
         self._checked = ""  # the layout that the receiver has been checked against
-        self._flat = torch.empty(0, dtype=torch.uint8)
-        self._tensors: Mapping[str, torch.Tensor] = {}
+        self._arrival = Arrival(receiver)
         self._inlet: Inlet | None = None
+        self._reach = reach(receiver.device)
         self._patience = MAX_DEADLINE_S  # seconds of silence tolerated in a transaction
+        self._open = False  # whether the receiver is between its begin and commit
         self._reset()
 
     # -- the connection ------------------------------------------------------------------------------
@@ -90,12 +90,16 @@ class Staging:
         try:
             self._welcome(channel, deadline_s)
             while True:
-                if channel.poll(_NOTICE_S):
-                    message = channel.receive(Deadline(self._patience), "transfer")
+                if self._unread is not None or channel.poll(_NOTICE_S):
+                    message, self._unread = self._unread, None
+                    if message is None:
+                        message = channel.receive(Deadline(self._patience), "transfer")
                     self._silence = Deadline(self._patience)
                     answer = self._answer(channel, message)
                     if answer is not None:
                         channel.send(answer, Deadline(self._patience), "transfer")
+                    if isinstance(answer, Refused) and (answer.call, answer.kind) == ("Stream", "DeadlineError"):
+                        raise TimeoutError(answer.reason)  # it may be frozen: make room for another
                 elif self._phase != IDLE and self._silence.left() == 0:
                     raise TimeoutError(f"the sender was silent for {self._patience:g} s")
         except (SyncError, TimeoutError) as error:
@@ -110,6 +114,16 @@ class Staging:
         if channel is not None:
             channel.close()
 
+    @property
+    def version(self) -> int:
+        """The version last committed, -1 where none was."""
+        return -1 if self._committed is None else self._committed[0]
+
+    @property
+    def dirty(self) -> bool:
+        """Whether the weights may be a mixture: whoever owns them must not serve them."""
+        return self._dirty
+
     def _welcome(self, channel: Channel, deadline_s: float) -> None:
         # A sender that restarts may be back before the thread of its old connection has seen that one end.
         waiting = Deadline(_LEAVE_S)
@@ -123,7 +137,10 @@ class Staging:
 
     def _claim(self, channel: Channel, deadline_s: float) -> Channel | None:
         """Make a connection the receiver's own, unless there is one: then return that."""
-        with self._lock:
+        if not self._lock.acquire(timeout=0.1):
+            return self._channel or channel  # in the middle of a transfer
+        with contextlib.ExitStack() as stack:
+            stack.callback(self._lock.release)
             if self._channel is None:
                 self._channel = channel
                 self._patience = min(deadline_s, MAX_DEADLINE_S)
@@ -134,6 +151,7 @@ class Staging:
         with self._lock:
             if self._channel is channel:
                 self._channel = None
+                self._unread = None
                 self._reset()
                 self._close_inlet()
 
@@ -163,8 +181,10 @@ class Staging:
                 return self._prepare(txn)
             case Attach():
                 return self._attach(channel, message)
-            case Bucket():
-                return self._bucket(message)
+            case Stream(txn=txn):
+                return self._receive(channel, txn)
+            case Filled():
+                return None  # of a transfer that has failed, and that was said
             case Verify():
                 return self._verify(message)
             case Commit(txn=txn):
@@ -185,95 +205,118 @@ class Staging:
         self._reset()
         if not 0 < message.deadline_s <= MAX_DEADLINE_S:
             raise ManifestError(f"deadline_s={message.deadline_s} is out of range", stage="begin")
-        manifest = manifests.decode(message.manifest)
-        committed = self._committed
-        if committed is not None and manifest.version <= committed.version and not self._dirty:
+        if message.manifest:
+            manifest = manifests.decode(message.manifest)
+            if manifest.layout_id() != message.layout:
+                raise ManifestError("the manifest does not have the layout that it was announced with", stage="begin")
+            self._arrival.expect(manifest, message.layout)
+        elif message.layout != self._arrival.layout:
+            raise ManifestError("this layout is not known here: send the manifest", stage="begin")
+        if message.version < self.version or (message.version == self.version and not self._dirty):
             raise VersionError(
-                f"version {manifest.version} was offered, {committed.version} is committed: versions only grow",
+                f"version {message.version} was offered, {self.version} is committed: versions only grow",
                 stage="begin",
             )
+        self._arrival.begin(message.version, message.mode, message.bucket_bytes, message.digest)
         self._patience = message.deadline_s
         self._silence = Deadline(self._patience)
-        layout = manifest.layout_id()
-        if layout != self._layout:
-            self._allocate(manifest, layout)
-        self._manifest, self._txn = manifest, message.txn
-        self._phase = BEGUN if layout != self._checked else PREPARED
+        self._version, self._txn = message.version, message.txn
+        told = message.mode == "staged" or not self._remote_orders
+        self._phase = PREPARED if message.layout == self._checked and told else BEGUN
         return Done("Begin", message.txn, detail=self._phase)
-
-    def _allocate(self, manifest: Manifest, layout: str) -> None:
-        """Make the staging buffer of a layout; the one before goes first, so that never two are held."""
-        self._layout, self._tensors = "", {}
-        self._flat = torch.empty(0, dtype=torch.uint8)
-        self._flat = torch.zeros(manifest.total_bytes, dtype=torch.uint8)
-        self._tensors = manifests.views(manifest.entries, self._flat)
-        self._layout = layout
 
     def _prepare(self, txn: str) -> Done:
         self._expect(txn, "begin", BEGUN, PREPARED)
-        self._receiver.check(self._tensors)
-        self._checked = self._layout
+        manifest = self._arrival.manifest
+        if self._checked != self._arrival.layout:
+            self._receiver.check(manifest)
+            self._checked = self._arrival.layout
+        if self._arrival.mode == "in_place" and self._remote_orders:
+            self._start_installing()
         self._phase = PREPARED
         return Done("Prepare", txn)
+
+    def _start_installing(self) -> None:
+        """Tell the receiver that pieces follow; once."""
+        if not self._open:
+            self._receiver.begin(self._arrival.manifest, self._arrival.mode)
+            self._open = True
 
     def _attach(self, channel: Channel, message: Attach) -> Done:
         self._expect(message.txn, "transfer", PREPARED)
         self._close_inlet()
         deadline = Deadline(self._patience)
-        if message.kind == "shm":
-            self._inlet = ShmInlet(message.address, message.nbytes)
-        elif message.kind == "gloo":
-            self._inlet = GlooInlet(message.address, channel.local_host, deadline)
-        else:
-            raise TransportError(f"transport {message.kind!r} is not known here", stage="transfer")
+        hear = self._listener(channel, message.txn)
+        self._inlet = open_inlet(message, self._receiver.device, channel.local_host, deadline, hear)
         return Done("Attach", message.txn)
 
-    def _bucket(self, message: Bucket) -> None:
-        if message.txn != self._txn:
+    def _receive(self, channel: Channel, txn: str) -> None:
+        """Take in all buckets."""
+        if txn != self._txn:
             return  # its transaction has failed and that was said
-        self._expect(message.txn, "transfer", PREPARED, RECEIVING)
-        start, stop = message.start, message.stop
-        fits = start == self._received < stop <= self._flat.numel() and not start % CHUNK_BYTES
-        if self._inlet is None or not fits:
-            raise ProtocolError(f"bucket {start}..{stop} after {self._received}", stage="transfer")
-        self._phase = RECEIVING
-        piece = self._flat[start:stop]
-        self._inlet.receive(start, piece, Deadline(self._patience))
-        self._digest.update(start, piece)
-        self._received = stop
+        self._expect(txn, "transfer", PREPARED)
+        if self._inlet is None:
+            raise ProtocolError("no transport was attached", stage="transfer")
+        if self._arrival.mode == "in_place":
+            self._start_installing()
+        self._arrival.receive(self._inlet, self._patience, self._listener(channel, txn), self._soil)
+        self._phase = RECEIVED
+
+    def _soil(self) -> None:
+        """From now on the weights may be a mixture."""
+        self._dirty = True
+
+    def _listener(self, channel: Channel, txn: str) -> Callable[[float], None]:
+        """What a wait for bytes calls: takes in Filled, and ends the wait where the sender says anything else."""
+
+        def hear(seconds: float) -> None:
+            if self._unread is None and channel.poll(seconds):
+                message = channel.receive(Deadline(self._patience), "transfer")
+                if isinstance(message, Filled):
+                    if message.txn == txn:
+                        self._arrival.filled(message.nbytes)
+                    return
+                self._unread = message
+            elif self._unread is not None:
+                time.sleep(seconds)
+            if isinstance(self._unread, Abort):
+                raise PeerLostError("the sender gave up", stage="transfer", peer=channel.peer)
+
+        return hear
 
     def _verify(self, message: Verify) -> Done:
-        self._expect(message.txn, "verify", RECEIVING)
-        if self._received != self._flat.numel():
-            raise CorruptError(f"{self._received} of {self._flat.numel()} bytes arrived", stage="verify")
-        digest = self._digest.hexdigest(self._layout)
+        self._expect(message.txn, "verify", RECEIVED)
+        digest = self._arrival.digest()
         if digest != message.digest:
             raise CorruptError(
                 f"digest {digest} arrived where {message.digest} was sent: the bytes changed on the way",
                 stage="verify",
             )
-        assert self._manifest is not None
-        self._manifest = Manifest(self._manifest.version, self._manifest.entries, self._manifest.total_bytes, digest)
         self._phase = VERIFIED
         return Done("Verify", message.txn, detail=digest)
 
     def _commit(self, txn: str) -> Done:
         self._expect(txn, "commit", VERIFIED)
-        manifest = self._manifest
-        assert manifest is not None
-        self._dirty = True
+        digest = self._arrival.digest()
+        staged = self._arrival.mode == "staged"
         try:
-            self._receiver.load(self._tensors)
+            if staged:
+                self._start_installing()
+                self._soil()
+                self._arrival.install()
+            self._receiver.commit(self._version)
+            self._open = False
         except Exception as error:
             raise CommitError(
                 f"{self._name} failed while loading ({type(error).__name__}: {error}) and may serve a mixture: "
                 "push the version again, or restart it",
                 stage="commit",
             ) from error
-        self._fingerprint = self._receiver.fingerprint()
-        self._committed, self._dirty = manifest, False
+        self._committed, self._dirty = (self._version, digest), False
+        # Where live weights are what was sent, the digest says what they must be; else they are read once now.
+        self._baseline = (lambda: digest) if self._receiver.exact and digest else self._receiver.fingerprint()
         self._reset()
-        return Done("Commit", txn, detail=manifest.digest)
+        return Done("Commit", txn, detail=digest)
 
     def order(self, order: Prepare | Commit) -> None:
         """Carry out an order that came through the weights' owner, on its thread; the answer goes to the sender.
@@ -309,18 +352,22 @@ class Staging:
     def state(self, *, recompute: bool) -> State:
         """What is served. With `recompute`, the live weights are read and compared with those committed."""
         with self._lock:
-            committed = self._committed
+            version, digest = self._committed or (-1, "")
             intact = None
-            if recompute and committed is not None:
-                intact = self._receiver.fingerprint() == self._fingerprint
+            if recompute and self._baseline is not None:
+                intact = not self._dirty and self._receiver.fingerprint()() == self._baseline()
+            device, devices, nccl = self._reach
             return State(
                 receiver=self._name,
-                version=-1 if committed is None else committed.version,
-                digest="" if committed is None else committed.digest,
-                layout=self._checked,
+                version=version,
+                digest=digest,
+                layout=self._checked if self._checked == self._arrival.layout else "",
                 attached="" if self._inlet is None else self._inlet.address,
                 intact=intact,
                 dirty=self._dirty,
+                device=device,
+                devices=devices,
+                nccl=nccl,
             )
 
     # -- housekeeping --------------------------------------------------------------------------------
@@ -330,16 +377,18 @@ class Staging:
             raise ProtocolError(f"out of turn: the transaction is {self._phase}", stage=stage)
 
     def _reset(self) -> None:
-        """Forget the transaction; staging memory and transport stay for the next."""
+        """Forget the transaction; memory and transport stay for the next."""
+        if self._open:
+            self._open = False
+            self._receiver.abandon()
         self._phase = IDLE
         self._txn = ""
-        self._manifest: Manifest | None = None
-        self._received = 0
-        self._digest = Digest()
+        self._version = -1
         self._silence = Deadline(self._patience)
 
     def _close_inlet(self) -> None:
         inlet, self._inlet = self._inlet, None
+        self._arrival.forget_places()
         if inlet is not None:
             inlet.close()
 

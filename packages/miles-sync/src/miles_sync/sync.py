@@ -9,15 +9,17 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 
 from miles_sync import manifest as manifests
-from miles_sync.buckets import BUCKET_BYTES, cut
+from miles_sync.buckets import Packers, check_length
 from miles_sync.channel import Deadline, check_token
-from miles_sync.errors import DriftError, SyncError
+from miles_sync.errors import DriftError, ManifestError, SyncError
+from miles_sync.manifest import Manifest, TensorMeta
+from miles_sync.messages import Mode
 from miles_sync.peer import Peer
 from miles_sync.report import SyncReport, TargetState
-from miles_sync.routes import TRANSPORTS, Routes, Transport, each
-from miles_sync.sources import Source, as_source
+from miles_sync.routes import TRANSPORTS, Load, Routes, Transport, each
+from miles_sync.sources import Held, Source, as_source
 from miles_sync.targets import Target
-from miles_sync.transaction import Transaction
+from miles_sync.transaction import Terms, Transaction
 
 _log = logging.getLogger(__name__)
 
@@ -30,11 +32,16 @@ class WeightSync:
     Args:
         targets: Receivers: `ReceiverTarget`, `miles_sync.sglang.SGLangTarget`, or your own `Target`.
         token: The secret shared with every receiver, at least 16 characters.
-        transport: "shm", "gloo", or "auto": per receiver, shared memory where it can be shared and has room,
-            else gloo; the report says why.
+        transport: "ipc", "nccl", "shm", "gloo", or "auto": per receiver, the best that a probe finds (see
+            `miles_sync.routes`); the report says why.
+        mode: "staged": receivers keep the new weights beside the old until commit. "in_place": they write them over
+            the old as they arrive, in no extra memory; one whose transfer was interrupted is dirty, refuses to serve,
+            and is healed by pushing the same version again or a newer one.
+        digest: Whether every byte is digested on both sides and compared. Without, nothing proves what arrived.
         deadline_s: Bound, in seconds, on every single wait: for a connection, for an answer, for a bucket to
             move. Also the silence after which a receiver gives a transaction up.
-        bucket_bytes: Length of a bucket, a multiple of 8 MiB.
+        bucket_bytes: Length of a bucket, a multiple of 2 MiB; None for 64 MiB through host memory and 192 MiB
+            between devices. Two are held on each side of gloo and NCCL.
     """
 
     def __init__(
@@ -43,8 +50,10 @@ class WeightSync:
         *,
         token: str,
         transport: Transport = "auto",
+        mode: Mode = "staged",
+        digest: bool = True,
         deadline_s: float = 120.0,
-        bucket_bytes: int = BUCKET_BYTES,
+        bucket_bytes: int | None = None,
     ) -> None:
         """Keep the settings; nothing is opened before `connect`, `push` or `status`."""
         names = [target.name for target in targets]
@@ -54,11 +63,16 @@ class WeightSync:
             raise ValueError(f"transport={transport!r} must be one of {', '.join(TRANSPORTS)}")
         if deadline_s <= 0:
             raise ValueError(f"deadline_s={deadline_s} must be above 0")
-        cut(0, bucket_bytes)  # refuses a bad length
+        if mode not in ("staged", "in_place"):
+            raise ValueError(f'mode={mode!r} must be "staged" or "in_place"')
+        if bucket_bytes is not None:
+            check_length(bucket_bytes)
         self._targets = tuple(targets)
         self._token = check_token(token)
         self._deadline_s = deadline_s
-        self._bucket_bytes = bucket_bytes
+        self._terms = Terms(mode, digest, deadline_s)
+        self._packers = Packers()
+        self._known: tuple[Sequence[TensorMeta], Manifest] | None = None
         self._routes = Routes(transport, bucket_bytes)
         self._peers: dict[str, Peer] = {}
         self._lock = threading.Lock()
@@ -85,11 +99,14 @@ class WeightSync:
             still serves what it served, and a later push starts afresh.
         """
         source = as_source(weights)
-        manifest = manifests.lay_out(source.metadata(), version)
+        manifest = self._laid_out(source.metadata(), version)
+        held = source.held() if isinstance(source, Held) else None
+        devices = {tensor.device for tensor in held or ()}
+        device = devices.pop() if len(devices) == 1 else getattr(source, "device", torch.device("cpu"))
+        load = Load(source, held, device, manifest.total_bytes)
         with self._lock:
             peers = self._current_peers()
-            transaction = Transaction(peers, self._routes, source, manifest, self._deadline_s, self._bucket_bytes)
-            return transaction.run()
+            return Transaction(peers, self._routes, load, manifest, self._packers, self._terms).run()
 
     def status(self) -> tuple[TargetState, ...]:
         """Ask every target what it serves; each reads its live weights again to say whether they are intact."""
@@ -103,6 +120,7 @@ class WeightSync:
                 "version": (state.version, version),
                 "digest": (state.digest, digest),
                 "intact": (state.intact, True),
+                "dirty": (state.dirty, False),
                 "published version": (state.published, state.published and str(version)),
             }
             for what, (found, expected) in wrong.items():
@@ -126,6 +144,14 @@ class WeightSync:
     def __exit__(self, *error: object) -> None:
         """Close."""
         self.close()
+
+    def _laid_out(self, metas: Sequence[TensorMeta], version: int) -> Manifest:
+        """The manifest; checked once for a model, not for each of its versions."""
+        if self._known is None or (self._known[0] is not metas and list(self._known[0]) != list(metas)):
+            self._known = metas, manifests.lay_out(metas, version)
+        if version < 0:
+            raise ManifestError(f"version={version} must be 0 or more", stage="begin")
+        return self._known[1].with_version(version)
 
     def _current_peers(self) -> list[Peer]:
         """Every target, connected and asked for its state: one that went away meanwhile is connected anew."""

@@ -4,7 +4,7 @@
       │           │           │          │
       └───────────┴───────────┘          └──▶ CommitError: who committed, who did not
                   ▼
-         abort: every receiver serves what it served
+         abort: staged, every receiver serves what it served; in place, one that had begun to write is dirty
 
 `miles_sync.messages` draws the receiver's side.
 """
@@ -16,20 +16,21 @@ import secrets
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
 
 from miles_sync import manifest as manifests
-from miles_sync.buckets import cut, pack
+from miles_sync.buckets import Bucket, Packers
 from miles_sync.channel import Deadline
 from miles_sync.digest import Digest
 from miles_sync.errors import CommitError, CorruptError, DriftError, PeerLostError, SyncError, VersionError
 from miles_sync.manifest import Manifest
-from miles_sync.messages import Abort, Begin, Bucket, Commit, Prepare, Verify
+from miles_sync.messages import Abort, Begin, Commit, Filled, Mode, Prepare, Stream, Verify
 from miles_sync.peer import Peer
 from miles_sync.report import STAGES, Route, SyncReport
-from miles_sync.routes import Routes, each
-from miles_sync.sources import Source
-from miles_sync.transports import Arena
-from miles_sync.transports.gloo import GlooArena
+from miles_sync.routes import Load, Routes, each
+from miles_sync.transports import Outlet
 
 _log = logging.getLogger(__name__)
 
@@ -37,34 +38,37 @@ _ACCOUNT_S = 0.5  # a receiver that closed its transport says why right after
 _ABORT_S = 2.0  # a healthy receiver answers at once; a hung one is disconnected instead
 
 
+@dataclass(frozen=True)
+class Terms:
+    """How a transaction is carried out: mode, whether bytes are digested, and the bound on every single wait."""
+
+    mode: Mode
+    digest: bool
+    deadline_s: float
+
+
 class Transaction:
     """Brings one manifest's tensors to the peers. Used once.
 
     Args:
         peers: All targets, their state just asked for.
-        routes: Opens links and buffers.
-        source: The tensors.
-        manifest: Of the source, without digest.
-        deadline_s: Bound on every single wait.
-        bucket_bytes: Length of a bucket.
+        routes: Opens outlets.
+        load: The tensors.
+        manifest: Of the source.
+        packers: What is known from earlier pushes.
+        terms: How.
     """
 
     def __init__(
-        self,
-        peers: Sequence[Peer],
-        routes: Routes,
-        source: Source,
-        manifest: Manifest,
-        deadline_s: float,
-        bucket_bytes: int,
+        self, peers: Sequence[Peer], routes: Routes, load: Load, manifest: Manifest, packers: Packers, terms: Terms
     ) -> None:
         """Sort the peers into those that are behind and those that have this version."""
         self._txn = secrets.token_hex(16)
         self._routes = routes
-        self._source = source
+        self._load = load
         self._manifest = manifest
-        self._deadline_s = deadline_s
-        self._bucket_bytes = bucket_bytes
+        self._packers = packers
+        self._terms = terms
         self._seconds = dict.fromkeys(STAGES, 0.0)
         self._labels: dict[str, str | None] = {}
         self._behind = [peer for peer in peers if self._is_behind(peer)]
@@ -74,21 +78,22 @@ class Transaction:
         """Go through all stages. Raises the `SyncError` of the first that fails, after the abort."""
         try:
             with self._timed("begin"):
-                arena = self._begin()
-            with self._timed("transfer"):
-                digest = self._transfer(arena)
-            with self._timed("verify"):
+                outlets = self._begin()
+            with self._timed("transfer"), self._explained():
+                digest = self._transfer(outlets)
+            with self._timed("verify"), self._explained():
                 self._verify(digest)
         except BaseException:
             self.abort()
             raise
         with self._timed("commit"):
             self._commit(digest)
-        routes = [Route(p.name, p.link.kind if p.link else "", p.why) for p in self._behind]
-        routes += [Route(p.name, "none", "it serves this version already") for p in self._current]
+        routes = [Route(peer.name, peer.kind, peer.why) for peer in self._behind]
+        routes += [Route(peer.name, "none", "it serves this version already") for peer in self._current]
         return SyncReport(
             version=self._manifest.version,
             digest=digest,
+            mode=self._terms.mode,
             nbytes=self._manifest.total_bytes,
             tensors=len(self._manifest.entries),
             seconds=self._seconds,
@@ -97,22 +102,21 @@ class Transaction:
 
     def abort(self) -> None:
         """Have every receiver forget the transaction; one that does not answer is disconnected."""
+        self._routes.close()  # first: a receiver stuck in a transport comes back to listen
         for peer in self._behind:
             try:
                 deadline = Deadline(_ABORT_S)
-                peer.unlink()  # first: a receiver stuck in a transport comes back to listen
                 peer.channel.send(Abort(self._txn), deadline, "abort")
                 peer.drain("Abort", deadline)
             except SyncError as error:
                 _log.warning("abort: %s", error)
                 peer.channel.close()
-        self._routes.close()
 
     # -- stages --------------------------------------------------------------------------------------
 
     def _is_behind(self, peer: Peer) -> bool:
         theirs, ours = peer.state.version, self._manifest.version
-        if theirs > ours and not peer.state.dirty:
+        if theirs > ours:
             raise VersionError(
                 f"it serves version {theirs}, {ours} is older: versions only grow",
                 stage="begin",
@@ -120,41 +124,86 @@ class Transaction:
             )
         return theirs != ours or peer.state.dirty
 
-    def _begin(self) -> Arena:
-        if not self._behind:
-            return GlooArena(self._bucket_bytes)  # only to digest through
-        each(self._offer, self._behind)
-        return self._routes.open(self._behind, self._txn, self._manifest.total_bytes, self._deadline())
+    def _begin(self) -> list[Outlet]:
+        chosen = self._routes.choose(self._behind, self._load)
+        length = self._routes.bucket_bytes(list(chosen))
+        self._packer = self._packers.of(self._manifest, length)
+        each(lambda peer: self._offer(peer, length), self._behind)
+        return self._routes.open(chosen, self._load, self._txn, length, self._deadline(), self._hear)
 
-    def _offer(self, peer: Peer) -> None:
+    def _offer(self, peer: Peer, bucket_bytes: int) -> None:
+        terms, layout = self._terms, self._manifest.layout_id()
         self._labels[peer.name] = peer.target.published(self._deadline())
-        begin = Begin(self._txn, manifests.encode(self._manifest), self._deadline_s)
+        known = peer.state.layout == layout
+        manifest = b"" if known else manifests.encode(self._manifest)
+        begin = Begin(
+            self._txn,
+            self._manifest.version,
+            layout,
+            manifest,
+            terms.mode,
+            bucket_bytes,
+            terms.digest,
+            terms.deadline_s,
+        )
         if peer.call(begin, "begin", self._deadline()).detail == "begun":
             self._order(peer, Prepare(self._txn), "begin")
 
-    def _transfer(self, arena: Arena) -> str:
-        digest = Digest()
-        buckets = cut(self._manifest.total_bytes, self._bucket_bytes)
-        packed = pack(self._manifest, self._source, buckets, lambda b: arena.buffer(b.start, b.stop))
-        for bucket, buffer in packed:
-            for peer in self._behind:
-                assert peer.link is not None
-                peer.raise_news("transfer")
-                deadline = self._deadline()
-                announcement = Bucket(self._txn, bucket.start, bucket.stop)
-                peer.channel.send(announcement, deadline, "transfer")
-                with _explained(peer):
-                    peer.link.send(buffer, deadline)
-            digest.update(bucket.start, buffer)  # while receivers copy
+    def _transfer(self, outlets: list[Outlet]) -> str:
+        """Bring all bytes on their way, digesting them meanwhile."""
+        if self._load.device.type == "cuda":
+            torch.cuda.current_stream(self._load.device).synchronize()  # the weights are there
         for peer in self._behind:
-            assert peer.link is not None
-            with _explained(peer):
-                peer.link.flush(self._deadline())
-        return digest.hexdigest(self._manifest.layout_id())
+            peer.channel.send(Stream(self._txn), self._deadline(), "transfer")
+        digest = Digest()
+        packing = [outlet for outlet in outlets if outlet.kind != "ipc"]
+        if packing:
+            self._pack(packing, digest)
+        elif self._terms.digest:
+            self._digest_in_place(digest)
+        return digest.hexdigest(self._manifest.layout_id()) if self._terms.digest else ""
+
+    def _pack(self, outlets: list[Outlet], digest: Digest) -> None:
+        patience, first = self._terms.deadline_s, outlets[0]
+
+        def buffer_for(bucket: Bucket) -> torch.Tensor:
+            return first.buffer(bucket, patience, self._hear)
+
+        held = self._load.held
+        packed = (
+            self._packer.pack(self._load.source, buffer_for)
+            if held is None
+            else self._packer.pack_held(held, buffer_for)
+        )
+        for bucket, buffer in packed:
+            for outlet in outlets:
+                mine = buffer
+                if outlet is not first:
+                    mine = outlet.buffer(bucket, patience, self._hear)
+                    mine.copy_(buffer)
+                outlet.send(bucket, mine)
+                if outlet.says:
+                    self._say(outlet, Filled(self._txn, bucket.stop))
+            if self._terms.digest:
+                digest.update(self._packer.runs(bucket, buffer))  # while it travels
+            self._hear(0)
+        for outlet in outlets:
+            outlet.flush(patience, self._hear)
+
+    def _say(self, outlet: Outlet, message: Filled) -> None:
+        for peer in self._behind:
+            if peer.kind == outlet.kind:
+                peer.channel.send(message, self._deadline(), "transfer")
+
+    def _digest_in_place(self, digest: Digest) -> None:
+        """Nothing is packed: read the tensors where they lie, while receivers do the same."""
+        held = self._load.held
+        assert held is not None
+        digest.update(self._packers.runs(self._manifest, held))
 
     def _verify(self, digest: str) -> None:
         for peer in self._current:
-            if peer.state.digest != digest:
+            if self._terms.digest and peer.state.digest not in ("", digest):
                 raise VersionError(
                     f"it serves version {peer.state.version} with digest {peer.state.digest}, this push has "
                     f"{digest}: other weights need a new version",
@@ -210,7 +259,7 @@ class Transaction:
         if label is None:
             return
         try:
-            peer.target.publish(label, Deadline(min(self._deadline_s, _ABORT_S)))
+            peer.target.publish(label, Deadline(min(self._terms.deadline_s, _ABORT_S)))
         except SyncError as error:
             _log.warning("the published version could not be put back: %s", error)
 
@@ -221,8 +270,13 @@ class Transaction:
         peer.target.order(peer.channel, order, self._manifest.version, deadline)
         return peer.answer(type(order).__name__, stage, deadline).detail
 
+    def _hear(self, seconds: float) -> None:
+        """Listen to all receivers; what they say in the middle of a transfer ends it."""
+        for index, peer in enumerate(self._behind):
+            peer.listen(0 if index else seconds, "transfer")
+
     def _deadline(self) -> Deadline:
-        return Deadline(self._deadline_s)
+        return Deadline(self._terms.deadline_s)
 
     @contextmanager
     def _timed(self, stage: str) -> Iterator[None]:
@@ -232,16 +286,18 @@ class Transaction:
         finally:
             self._seconds[stage] = time.perf_counter() - start
 
-
-@contextmanager
-def _explained(peer: Peer) -> Iterator[None]:
-    """Around the use of a link: where it fails, prefer the receiver's own account of why."""
-    try:
-        yield
-    except SyncError as error:
-        if peer.channel.poll(_ACCOUNT_S):
-            try:
-                peer.raise_news("transfer")
-            except PeerLostError:
-                raise error from None
-        raise
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        """A transport fails because a receiver failed: prefer the receiver's own words."""
+        try:
+            yield
+        except SyncError as error:
+            until = Deadline(_ACCOUNT_S)
+            while not error.peer and until.left():
+                for peer in self._behind:
+                    try:
+                        peer.listen(0.01, "transfer")
+                    except PeerLostError as lost:
+                        if isinstance(error, PeerLostError):
+                            raise lost from error
+            raise

@@ -21,16 +21,16 @@ import os
 import sys
 import threading
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
 from miles_sync.channel import Deadline, dial
 from miles_sync.errors import MismatchError, SyncError
-from miles_sync.manifest import Manifest, describe, lay_out
-from miles_sync.messages import Commit, Prepare
+from miles_sync.manifest import Manifest
+from miles_sync.messages import Commit, Mode, Prepare
 from miles_sync.plan import BoundPlan, bind
-from miles_sync.receivers import Mode, Piece, fingerprint
+from miles_sync.receivers import Pieces, fingerprint
 from miles_sync.rehearsal import record
 from miles_sync.sglang.command import Attend, Idle, Order, opened
 from miles_sync.sglang.target import TESTED_VERSION, TOKEN_VARIABLE
@@ -115,20 +115,17 @@ class SGLangReceiver:
             raise MismatchError("the engine has dropped its model", stage="begin")
         return model
 
-    def check(self, manifest: Manifest | Mapping[str, torch.Tensor]) -> None:
+    def check(self, manifest: Manifest) -> None:
         """Record the plan, writing nothing; raise `MismatchError` unless it writes every weight.
 
         Must run on the main loop.
         """
         self._check_engine()
-        if isinstance(manifest, Mapping):  # as staging has it until it speaks the new protocol
-            manifest = lay_out((describe(name, tensor) for name, tensor in manifest.items()), 0)
         plan = record(self._model, manifest, sliced=self.ranks > 1)
         if plan.through_loader:
             reasons = sorted(plan.through_loader.items())
             _log.info("miles-sync: %d tensors go through the model's own loader, as %s", len(reasons), reasons[0])
         self._bound = bind(plan, manifest, self._model)
-        self._manifest = manifest
 
     def begin(self, manifest: Manifest, mode: Mode) -> None:
         """Get ready for the pieces of a manifest that was checked."""
@@ -140,7 +137,7 @@ class SGLangReceiver:
             torch.cuda.synchronize(self.device)
         self._bound.begin()
 
-    def install(self, pieces: Sequence[Piece]) -> None:
+    def install(self, pieces: Pieces) -> None:
         """Write pieces where the plan says."""
         assert self._bound is not None
         self._bound.install(pieces)
@@ -153,14 +150,8 @@ class SGLangReceiver:
     def abandon(self) -> None:
         """Nothing to undo: the next transaction writes every weight."""
 
-    def load(self, staged: Mapping[str, torch.Tensor]) -> None:
-        """Write everything, as staging has it until it speaks the new protocol."""
-        self.begin(self._manifest, "staged")
-        self.install([Piece(index, 0, tensor) for index, tensor in enumerate(staged.values())])
-        self.commit(0)
-
-    def fingerprint(self) -> str:
-        """Digest of the live parameters, as the engine lays them out."""
+    def fingerprint(self) -> Callable[[], str]:
+        """Start digesting the live parameters, as the engine lays them out."""
         return fingerprint({n: p.detach() for n, p in self._model.named_parameters()})
 
     def _check_engine(self) -> None:

@@ -1,223 +1,173 @@
-"""Shared memory: the sender packs into a segment of /dev/shm, the receiver reads it from there.
+"""Shared memory: the sender packs into a segment as long as the flat buffer, receivers read it where it lies.
 
-The sender maps the segment once and reuses it for each sync. Its name is unguessable and its mode 0600; it is
-unlinked as soon as every receiver has opened it, so a killed process leaves nothing behind. What a kill between
-creation and opening does leave is found by the next sender: the creator holds a lock on its segment for life, a
-segment whose lock is free is swept.
-
-The receiver does not map the segment, it reads it (`pread`): the same one copy into staging, but a segment that
-was cut short gives a short read, an error with a name, where a mapping would end the receiving process with
-SIGBUS.
+A segment is anonymous memory (`memfd_create`), not a file: no size limit of /dev/shm applies, and a killed process
+leaves nothing behind. It is opened through /proc/PID/fd, which the kernel allows to the same user (or root) alone, and
+it carries seals: it can be neither shrunk nor grown, so that a mapping never ends the reading process with SIGBUS.
+Mapped once, it is kept for each sync; what a receiver mapped stays even when the sender dies, so staged mode needs no
+copy of its own.
 """
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import mmap
 import os
 import re
 import secrets
-import stat
+from pathlib import Path
 
 import torch
 
+from miles_sync.buckets import Bucket, within
 from miles_sync.channel import Deadline
-from miles_sync.errors import CorruptError, TransportError
+from miles_sync.errors import TransportError
+from miles_sync.transports import Hear, Place, Stream, wait_until
 
-DIRECTORY = "/dev/shm"
-_PREFIX = "miles-sync-"
-_NAME = re.compile(r"miles-sync-[0-9a-f]{32}")
-_READ_BYTES = 1 << 26  # one read call: long enough to cost nothing, short enough to notice a deadline
+_ADDRESS = re.compile(r"/proc/[0-9]{1,10}/fd/[0-9]{1,7} (miles-sync-[0-9a-f]{32}) ([0-9]{1,16})")
+_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 
 
 class Segment:
-    """A segment that this process owns, mapped as a uint8 tensor.
+    """Shared memory that this process made.
 
     Attributes:
-        name: Its file name in /dev/shm.
-        data: The mapping, `[nbytes]`, zero at first.
+        data: The mapping, uint8 `[nbytes]`, zero at first.
+        address: Under which other processes of this user can map it, as long as this one holds it.
     """
 
     def __init__(self, nbytes: int) -> None:
-        """Create and map it. Raises `TransportError` where /dev/shm has no room or is missing."""
-        _sweep()
+        """Make and map it. Raises `TransportError` where the system has none or too little."""
+        if nbytes > available_bytes():
+            raise TransportError(f"no room for {nbytes} bytes: {available_bytes()} are free", stage="begin")
+        name = f"miles-sync-{secrets.token_hex(16)}"
         try:
-            self.name, self._file = _create_locked()
-        except OSError as error:
-            raise TransportError(f"{DIRECTORY}: {error.strerror}", stage="begin") from error
-        self._path: str | None = os.path.join(DIRECTORY, self.name)
+            file = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        except (OSError, AttributeError) as error:
+            raise TransportError(f"no anonymous shared memory here: {error}", stage="begin") from error
+        self._file = file
         try:
-            # Reserve the pages now: a full /dev/shm is an error here and a SIGBUS at the first write otherwise.
-            os.posix_fallocate(self._file, 0, nbytes)
-            mapping = mmap.mmap(self._file, nbytes)
+            os.ftruncate(file, max(nbytes, 1))
+            fcntl.fcntl(file, fcntl.F_ADD_SEALS, _SEALS)
+            self.data = _mapped(file, nbytes)
         except OSError as error:
             self.close()
-            raise TransportError(
-                f'{DIRECTORY} has no room for {nbytes} bytes ({error.strerror}): enlarge it, or use transport="gloo"',
-                stage="begin",
-            ) from error
-        self.data = torch.frombuffer(mapping, dtype=torch.uint8)
-
-    @property
-    def nbytes(self) -> int:
-        """Length in bytes."""
-        return self.data.numel()
-
-    @property
-    def linked(self) -> bool:
-        """Whether it can still be opened by name."""
-        return self._path is not None
-
-    def unlink(self) -> None:
-        """Remove the name; whoever has it open keeps it."""
-        if self._path is not None:
-            path, self._path = self._path, None
-            with contextlib.suppress(FileNotFoundError):  # swept by hand; the mapping lives on
-                os.unlink(path)
+            raise TransportError(f"no room for {nbytes} bytes of shared memory: {error.strerror}", stage="begin") from (
+                error
+            )
+        self.address = f"/proc/{os.getpid()}/fd/{file} {name} {nbytes}"
 
     def close(self) -> None:
-        """Unlink and close. The mapping goes with the last tensor over it."""
-        self.unlink()
-        if self._file >= 0:
-            os.close(self._file)
-            self._file = -1
+        """Close it: nobody can open it any more. The mapping goes with the last tensor over it."""
+        file, self._file = self._file, -1
+        if file >= 0:
+            os.close(file)
 
 
-class ShmArena:
-    """Packs into one segment as long as the whole flat buffer."""
+def open_segment(address: str) -> torch.Tensor:
+    """Map another process's segment. Raises `TransportError` where it is missing, another's, or not sealed."""
+    match = _ADDRESS.fullmatch(address)
+    if not match:
+        raise TransportError(f"{address!r} is not a segment of ours", stage="transfer")
+    name, nbytes = match[1], int(match[2])
+    path = address.split(" ")[0]
+    try:
+        file = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    except OSError as error:
+        reason = f"{path}: {error.strerror}; are both processes of one user, on one machine?"
+        raise TransportError(reason, stage="transfer") from error
+    try:
+        found = os.readlink(f"/proc/self/fd/{file}")
+        if not found.startswith(f"/memfd:{name}"):
+            raise TransportError(f"{path} is {found}, not {name}: another machine's process?", stage="transfer")
+        if fcntl.fcntl(file, fcntl.F_GET_SEALS) & _SEALS != _SEALS or os.fstat(file).st_size < nbytes:
+            raise TransportError(f"{name} must be sealed and hold {nbytes} bytes", stage="transfer")
+        return _mapped(file, nbytes)
+    except OSError as error:
+        raise TransportError(f"{name} cannot be mapped: {error.strerror}", stage="transfer") from error
+    finally:
+        os.close(file)
 
-    def __init__(self, nbytes: int) -> None:
-        """Create the segment."""
-        self.segment = Segment(nbytes)
 
-    def buffer(self, start: int, stop: int) -> torch.Tensor:
-        """A view of the segment."""
-        return self.segment.data[start:stop]
-
-    def close(self) -> None:
-        """Drop the segment."""
-        self.segment.close()
+def available_bytes() -> int:
+    """Memory that a new segment could take, as the kernel estimates it."""
+    try:
+        line = next(line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return 0
+    return int(line.split()[1]) * 1024
 
 
-class ShmLink:
-    """A receiver that reads the arena's segment. Bytes are where they belong once packed."""
+class ShmOutlet:
+    """The sender's end. Bytes are where they belong once packed."""
 
     kind = "shm"
+    says = True
 
-    def __init__(self, arena: ShmArena) -> None:
-        """Name the segment."""
-        self.address = arena.segment.name
-        self.nbytes = arena.segment.nbytes
+    def __init__(self, segment: Segment) -> None:
+        """Send what lies in a segment, the caller's or one made for this."""
+        self.segment = segment
+        self.address = segment.address
 
-    def attach(self, deadline: Deadline) -> None:
-        """Nothing to do: the receiver opens the name it is told."""
+    def detail(self, rank: int) -> bytes:
+        """The address says it all."""
+        return b""
 
-    def send(self, buffer: torch.Tensor, deadline: Deadline) -> None:
+    def attach(self, deadline: Deadline, hear: Hear) -> None:
+        """Nothing to do: receivers map what they are told."""
+
+    def buffer(self, bucket: Bucket, patience_s: float, hear: Hear) -> torch.Tensor:
+        """Its place in the segment."""
+        return self.segment.data[bucket.start : bucket.stop]
+
+    def send(self, bucket: Bucket, buffer: torch.Tensor) -> None:
         """Nothing to do: packing wrote into the segment."""
 
-    def flush(self, deadline: Deadline) -> None:
+    def flush(self, patience_s: float, hear: Hear) -> None:
         """Nothing to do: every bucket has a place of its own."""
 
     def close(self) -> None:
-        """Nothing to do: the arena owns the segment."""
+        """Nothing to do: whoever made the segment closes it."""
 
 
 class ShmInlet:
-    """Reads a sender's segment, opened once."""
+    """A receiver's end: gives views of the sender's segment."""
 
-    def __init__(self, name: str, nbytes: int) -> None:
-        """Open it. Raises `TransportError` where it is missing, not private to this user, or short."""
-        self.address = name
-        self._file = -1
-        if not _NAME.fullmatch(name):
-            raise TransportError(f"{name!r} is not a segment of ours", stage="transfer")
-        try:
-            flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW
-            self._file = os.open(os.path.join(DIRECTORY, name), flags)
-        except OSError as error:
-            reason = f"{DIRECTORY}/{name}: {error.strerror}; do both processes share {DIRECTORY}?"
-            raise TransportError(reason, stage="transfer") from error
-        status = os.fstat(self._file)
-        private = stat.S_ISREG(status.st_mode) and not status.st_mode & 0o077
-        if not private or status.st_uid != os.geteuid() or status.st_size < nbytes:
-            self.close()
-            raise TransportError(
-                f"{DIRECTORY}/{name} must be a file of this user's alone, {nbytes} bytes long "
-                f"(uid {status.st_uid}, mode {status.st_mode & 0o777:o}, {status.st_size} bytes)",
-                stage="transfer",
-            )
+    lasting = True
+    device = torch.device("cpu")
 
-    def receive(self, start: int, into: torch.Tensor, deadline: Deadline) -> None:
-        """Read the bytes from `start` on. Raises `CorruptError` where the segment ends too early."""
-        view = memoryview(into.numpy())
-        done = 0
-        while done < len(view):
-            piece = view[done : done + _READ_BYTES]
-            count = os.preadv(self._file, [piece], start + done)
-            if count == 0:
-                raise CorruptError(
-                    f"the segment ends at byte {start + done}, {len(view) - done} short",
-                    stage="transfer",
-                )
-            done += count
+    def __init__(self, address: str) -> None:
+        """Map the segment."""
+        self.address = address
+        self._data: torch.Tensor | None = open_segment(address)
+
+    def start(self, stream: Stream) -> None:
+        """Check its length."""
+        self._stream = stream
+        needed = stream.buckets[-1].stop if stream.buckets else 0
+        if self._data is None or self._data.numel() < needed:
+            raise TransportError(f"the segment must hold {needed} bytes", stage="transfer")
+
+    def receive(self, bucket: Bucket) -> Place:
+        """Wait until the sender has said that the bucket is packed."""
+        stream, data = self._stream, self._data
+        assert data is not None
+        wait_until(lambda: stream.filled >= bucket.stop, stream.patience_s, stream.hear, "shm")
+        return Place(data.data_ptr(), within(data[bucket.start : bucket.stop], bucket))
+
+    def release(self, bucket: Bucket) -> None:
+        """Nothing to do."""
 
     def close(self) -> None:
-        """Close the file."""
-        if self._file >= 0:
-            os.close(self._file)
-            self._file = -1
+        """Drop the mapping."""
+        self._data = None
 
 
-def read_probe(name: str) -> str:
-    """Open a probe segment and return its 32 characters: proof that two processes share /dev/shm."""
-    inlet = ShmInlet(name, 32)
-    try:
-        content = torch.empty(32, dtype=torch.uint8)
-        inlet.receive(0, content, Deadline(1))
-        return bytes(content.tolist()).decode("ascii", "replace")
-    finally:
-        inlet.close()
+def read_probe(address: str) -> str:
+    """Read the 32 characters in a probe segment: proof that two processes share memory."""
+    return bytes(open_segment(address).tolist()).decode("ascii", "replace")
 
 
-def free_bytes() -> int:
-    """Bytes that a new segment could take."""
-    try:
-        status = os.statvfs(DIRECTORY)
-    except OSError:
-        return 0
-    return status.f_bavail * status.f_frsize
-
-
-def _create_locked() -> tuple[str, int]:
-    """Create an empty segment and take the lock that says its creator lives."""
-    while True:
-        name = _PREFIX + secrets.token_hex(16)
-        path = os.path.join(DIRECTORY, name)
-        flags = os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
-        file = os.open(path, flags, 0o600)
-        fcntl.flock(file, fcntl.LOCK_EX)
-        if os.fstat(file).st_nlink:
-            return name, file
-        os.close(file)  # another sender's sweep came between creation and lock: take a new name
-
-
-def _sweep() -> None:
-    """Unlink this user's segments whose creator is gone: its lock went with it."""
-    try:
-        names = [name for name in os.listdir(DIRECTORY) if _NAME.fullmatch(name)]
-    except OSError:
-        return  # creating the segment will say what is wrong
-    for name in names:
-        path = os.path.join(DIRECTORY, name)
-        try:
-            file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-        except OSError:
-            continue  # gone meanwhile, or another user's
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            os.unlink(path)
-        except OSError:
-            pass  # its creator lives
-        finally:
-            os.close(file)
+def _mapped(file: int, nbytes: int) -> torch.Tensor:
+    # Populated at once: a fault per 4 KiB would cost the first sync more than its copies.
+    flags = mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0)
+    return torch.frombuffer(mmap.mmap(file, max(nbytes, 1), flags=flags), dtype=torch.uint8)[:nbytes]
