@@ -1,8 +1,13 @@
 """The trainer in one layout of ranks, in the ranks' processes: what `layout_checks` holds against a single rank."""
 
+from dataclasses import replace
+
+import numpy as np
 import torch
 from in_rank_trainer import make_trainer
 from train_tiny import batch_of
+
+from miles_train.errors import NonFiniteError
 
 
 class SequenceRatio:
@@ -23,8 +28,11 @@ class SequenceRatio:
 LINEAR = {"lr": 1e3, "adam_eps": 1e4, "clip_grad": 0.0, "weight_decay": 0.0}
 
 
-def run(address, path, settings):
+def run(address, path, settings, first_takes_all=False):
     """Logprobs, then a step of two updates.
+
+    Args:
+        first_takes_all: leave all shards but the first empty.
 
     Returns:
         The shard that the rank brought and the logprobs of its samples; metrics; from rank 0 the weights after it.
@@ -32,6 +40,8 @@ def run(address, path, settings):
     # A micro-batch holds few samples: the shards need different numbers of them.
     trainer = make_trainer(address, path, {**LINEAR, **settings}, SequenceRatio(), micro_batch_tokens=30)
     mine = range(trainer.shard, 12, trainer.num_shards)
+    if first_takes_all:
+        mine = range(12 if trainer.shard == 0 else 0)
     shards = [batch_of(seed).take(mine) for seed in (0, 1)]
     logprobs = trainer.logprobs(shards[0])
     metrics = trainer.step(shards)
@@ -39,3 +49,25 @@ def run(address, path, settings):
     brought = trainer.shard, trainer.num_shards
     trainer.close()
     return brought, logprobs, metrics, weights if address[0] == 0 else {}
+
+
+def stop(address, path, settings):
+    """What a rank says of a step with a NaN in the first shard; whether its weights are those before it; and the
+    gradient's norm of a step after it and of one without any before.
+    """
+    norms = []
+    for broken in (True, False):
+        trainer = make_trainer(address, path, settings)
+        batch = batch_of().take(range(trainer.shard, 12, trainer.num_shards))
+        if broken:
+            before = [parameter.detach().clone() for core in trainer._cores for parameter in core.parameters()]
+            nan = np.where(batch.loss_mask, np.float32("nan"), np.float32(0))
+            try:
+                trainer.step([replace(batch, advantages=nan) if trainer.shard == 0 else batch])
+            except NonFiniteError as error:
+                message = str(error)
+            after = [parameter for core in trainer._cores for parameter in core.parameters()]
+            untouched = all(torch.equal(*pair) for pair in zip(before, after, strict=True))
+        norms.append(trainer.step([batch])["grad_norm"])
+        trainer.close()
+    return message, untouched, norms

@@ -45,7 +45,7 @@ UPDATES = 1e-4  # of the norm of a tensor's update
 NOISE = 1e-6  # of the largest norm: an update that is 0 but for rounding
 
 
-def assert_layouts_agree(ranks, path, *names, settings=None):
+def assert_layouts_agree(ranks, path, *names, settings=None, first_takes_all=False):
     """Hold layouts against one rank.
 
     Args:
@@ -53,6 +53,7 @@ def assert_layouts_agree(ranks, path, *names, settings=None):
         path: a model directory whose vocabulary holds that of `train_tiny`.
         names: of LAYOUTS.
         settings: of the trainer, in all of them.
+        first_takes_all: leave all shards but the first empty.
     """
     settings = settings or {}
     alone = ranks.run_one("in_rank_layouts.run", path, settings)
@@ -60,23 +61,29 @@ def assert_layouts_agree(ranks, path, *names, settings=None):
     found = {}
     for name in names:
         world_size, layout = LAYOUTS[name]
-        results = ranks.run("in_rank_layouts.run", path, {**settings, **layout}, world_size=world_size)
-        found[name] = differences(results, alone, before)
+        arguments = path, {**settings, **layout}, first_takes_all
+        results = ranks.run("in_rank_layouts.run", *arguments, world_size=world_size)
+        found[name] = differences(results, alone, before, first_takes_all)
     assert found == {name: [] for name in names}, json.dumps(found, indent=1)
 
 
-def differences(results, alone, before):
+def differences(results, alone, before, first_takes_all=False):
     """What differs between the ranks of a layout and a single rank, in words.
 
     Args:
         results: of the ranks.
         alone: of the single rank.
         before: weights before the step.
+        first_takes_all: whether all shards but the first were empty.
     """
     _, expected, metrics, weights = alone
     found = []
     for rank, ((shard, num_shards), logprobs, _, _) in enumerate(results):
-        gap = np.abs(logprobs - of_shard(expected, shard, num_shards)).max()
+        if first_takes_all:
+            theirs = expected if shard == 0 else expected[:0]
+        else:
+            theirs = of_shard(expected, shard, num_shards)
+        gap = np.abs(logprobs - theirs).max(initial=0)
         if not gap <= LOGPROBS:
             found.append(f"logprobs of rank {rank} differ by {gap:.1e}")
     if any(result[2] != results[0][2] for result in results):

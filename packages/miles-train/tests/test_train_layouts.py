@@ -1,8 +1,9 @@
 """Every layout of ranks computes what one rank does: logprobs within 1e-5, and the same update."""
 
+import numpy as np
 import pytest
 import train_tiny
-from layout_checks import LAYOUTS, assert_layouts_agree
+from layout_checks import LAYOUTS, assert_layouts_agree, of_shard
 
 from miles_core.errors import InputError
 from miles_train.megatron.layout import Layout, check_layout, read_layout
@@ -66,6 +67,42 @@ def test_every_layout_of_a_dense_model_of_odd_sizes(name, ranks, tmp_path):
     sizes = {"num_attention_heads": 12, "num_key_value_heads": 4, "head_dim": 6, "hidden_size": 28}
     train_tiny.make_model(tmp_path / "odd", **DENSE, **sizes, intermediate_size=20)
     assert_layouts_agree(ranks, tmp_path / "odd", name)
+
+
+# --- what else a step must withstand
+
+
+def test_a_shard_may_be_empty(ranks, dense, experts):
+    assert_layouts_agree(ranks, dense, "dp2-pp2", first_takes_all=True)
+    assert_layouts_agree(ranks, experts, "ep2", first_takes_all=True)
+
+
+@pytest.mark.parametrize("name", ["tp2-pp2", "pp2-ep2"])
+def test_not_a_number_stops_every_rank_before_the_update(name, ranks, experts):
+    world_size, settings = LAYOUTS[name]
+    for message, untouched, (after, fresh) in ranks.run(
+        "in_rank_layouts.stop", experts, settings, world_size=world_size
+    ):
+        assert "loss = nan in update 1" in message and untouched
+        assert after == fresh, "the error left something behind"
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["tp2-pp2-vp2", "tp2-cp2"])
+def test_recomputed_activations_change_nothing(name, ranks, dense):
+    recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    assert_layouts_agree(ranks, dense, name, settings=recompute)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["tp2-pp2", "dp2-tp2", "tp2-cp2", "pp2-ep2", "tp2-ep2"])
+def test_bf16_stays_close_to_float32(name, ranks, experts):
+    (_, logprobs, expected, _) = ranks.run_one("in_rank_layouts.run", experts, {})
+    world_size, layout = LAYOUTS[name]
+    results = ranks.run("in_rank_layouts.run", experts, {"bf16": True, **layout}, world_size=world_size)
+    for (shard, num_shards), ours, metrics, _ in results:
+        assert np.abs(ours - of_shard(logprobs, shard, num_shards)).max() < 0.05
+        assert metrics["grad_norm"] == pytest.approx(expected["grad_norm"], rel=0.05)
 
 
 # --- rules, before anything starts
