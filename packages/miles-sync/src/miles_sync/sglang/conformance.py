@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import json
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
 from miles_sync.errors import AuthError, BusyError, MismatchError, VersionError
 from miles_sync.routes import Transport
+from miles_sync.sglang.adapter import SGLangAdapter
 from miles_sync.sglang.target import SGLangTarget
 from miles_sync.sync import WeightSync
 
@@ -85,6 +86,44 @@ def examine(
         sync.check(version + 2, report.digest)
 
 
+def examine_adapter(
+    url: str,
+    adapters: Sequence[Mapping[str, torch.Tensor]],
+    config: Mapping[str, Any],
+    *,
+    api_key: str | None = None,
+    admin_api_key: str | None = None,
+) -> None:
+    """Push two adapters in turn to an engine with LoRA enabled; raise `AssertionError` at the first that differs.
+
+    Args:
+        url: Of the engine, idle.
+        adapters: Two adapters that differ, under PEFT's names.
+        config: PEFT's adapter_config.json for both.
+        api_key: The engine's.
+        admin_api_key: The engine's.
+    """
+
+    def logprobs(adapter: str | None) -> list[float]:
+        return _logprobs(url, api_key, admin_api_key, adapter)[1]
+
+    one, other = adapters
+    base = logprobs(None)
+    adapter = SGLangAdapter(url, "examined", api_key=api_key, admin_api_key=admin_api_key)
+    adapter.push(one, config, 1)
+    first = adapter.served
+    with_one = logprobs(first)
+    assert with_one != base, "an adapter changes nothing"
+    adapter.push(other, config, 2)
+    assert logprobs(first) == with_one, "the version before is served no longer"
+    assert logprobs(adapter.served) not in (base, with_one), "another adapter, the same logprobs"
+    adapter.push(one, config, 3)
+    assert logprobs(adapter.served) == with_one, "the same adapter, other logprobs"
+    _refuses(VersionError, lambda: adapter.push(other, config, 3), "the same version again")
+    adapter.close()
+    assert logprobs(None) == base, "the base model has changed"
+
+
 def _faults(weights: dict[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
     """Weights that do not fit, by what is wrong with them."""
     last, tensor = list(weights.items())[-1]
@@ -103,7 +142,9 @@ def _refuses(kind: type[Exception], act: Any, what: str) -> None:
     raise AssertionError(f"{what} was taken where {kind.__name__} was due")
 
 
-def _logprobs(url: str, api_key: str | None, admin_api_key: str | None) -> tuple[str, list[float]]:
+def _logprobs(
+    url: str, api_key: str | None, admin_api_key: str | None, adapter: str | None = None
+) -> tuple[str, list[float]]:
     """The version that the engine stamps, and the prompt's logprobs, computed without cached prefixes."""
     _post(url + "/flush_cache?timeout=10", admin_api_key or api_key, {})
     reply = json.loads(
@@ -115,7 +156,8 @@ def _logprobs(url: str, api_key: str | None, admin_api_key: str | None) -> tuple
                 "sampling_params": {"max_new_tokens": 1, "temperature": 0},
                 "return_logprob": True,
                 "logprob_start_len": 0,
-            },
+            }
+            | ({} if adapter is None else {"lora_path": adapter}),
         )
     )
     meta = reply["meta_info"]
