@@ -50,12 +50,12 @@ class MoEConfig:
         if self.score not in {"softmax", "sigmoid", "sqrtsoftplus"}:
             raise InputError("scoring_func", self.score, "must be softmax, sigmoid or sqrtsoftplus", "Use one of them.")
         choices = self.num_experts
+        fits = 1 <= self.top_groups <= self.num_groups
+        self._check("topk_group", self.top_groups, fits, f"must lie in 1 to n_group = {self.num_groups}")
         if self.is_grouped:
             self._check("n_group", self.num_groups, self.num_experts % self.num_groups == 0, "must divide the experts")
             size = self.num_experts // self.num_groups
             self._check("n_group", self.num_groups, size >= 2, "must leave two experts in a group: two are scored")
-            fits = 1 <= self.top_groups <= self.num_groups
-            self._check("topk_group", self.top_groups, fits, f"must lie in 1 to n_group = {self.num_groups}")
             choices = self.top_groups * size
         fits = 1 <= self.top_k <= choices
         self._check("num_experts_per_tok", self.top_k, fits, f"must lie in 1 to {choices}, the experts to choose from")
