@@ -50,6 +50,13 @@ from megatron.core.transformer.moe import token_dispatcher
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.multi_latent_attention import MLASelfAttentionSubmodules, MultiLatentAttention
+from megatron.core.transformer.multi_token_prediction import (
+    MTPLossAutoScaler,
+    MultiTokenPredictionBlock,
+    MultiTokenPredictionBlockSubmodules,
+    MultiTokenPredictionLayer,
+    MultiTokenPredictionLayerSubmodules,
+)
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_layer import (
@@ -81,11 +88,16 @@ __all__ = [
     "IdentityOp",
     "LocalSpecProvider",
     "MLASelfAttentionSubmodules",
+    "MTPLossAutoScaler",
     "MegatronModule",
     "MegatronOptimizer",
     "MoELayer",
     "ModuleSpec",
     "MultiLatentAttention",
+    "MultiTokenPredictionBlock",
+    "MultiTokenPredictionBlockSubmodules",
+    "MultiTokenPredictionLayer",
+    "MultiTokenPredictionLayerSubmodules",
     "OptimizerParamScheduler",
     "PackedSeqParams",
     "RowParallelLinear",
