@@ -23,7 +23,7 @@ from sglang.srt.server_args import ServerArgs
 
 from miles_sync.manifest import DTYPES, Manifest, describe, lay_out
 from miles_sync.plan import CopyPlan, bind, decode, unread
-from miles_sync.receivers import Piece
+from miles_sync.receivers import Piece, Pieces
 from miles_sync.rehearsal import record
 
 BASE = {
@@ -212,7 +212,7 @@ def loaded(model: torch.nn.Module, weights: dict[str, torch.Tensor]) -> dict[str
     return everything(model)
 
 
-def pieces_of(manifest: Manifest, weights: dict[str, torch.Tensor], nbytes: int) -> list[list[Piece]]:
+def pieces_of(manifest: Manifest, weights: dict[str, torch.Tensor], nbytes: int) -> list[Pieces]:
     """The flat buffer in buckets of `nbytes`, each as the pieces of tensors that it holds."""
     flat = torch.zeros(manifest.total_bytes, dtype=torch.uint8)
     for entry in manifest.entries:
@@ -225,7 +225,7 @@ def pieces_of(manifest: Manifest, weights: dict[str, torch.Tensor], nbytes: int)
             if low < high:
                 dtype = DTYPES[entry.dtype]
                 bucket.append(Piece(index, (low - entry.offset) // dtype.itemsize, flat[low:high].view(dtype)))
-        buckets.append(bucket)
+        buckets.append(Pieces(bucket))
     return buckets
 
 
@@ -258,7 +258,7 @@ def examine(folder: str, *, sliced: bool) -> tuple[CopyPlan, Manifest, dict[str,
             bound.finish()
             different = equal(expected, everything(model))
             assert not different, f"{sync} sync in buckets of {nbytes}: {different}"
-        copies = copies or sum(len(targets) for _, steps in bound._known.values() for targets, _ in steps)
+        copies = copies or sum(len(targets) for bucket in buckets for targets, _ in bucket.memo[1])
     assert addresses == {name: parameter.data_ptr() for name, parameter in model.named_parameters()}
     return (
         plan,

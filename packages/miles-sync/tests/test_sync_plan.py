@@ -11,7 +11,7 @@ import torch
 from miles_sync.errors import ManifestError, MismatchError
 from miles_sync.manifest import TensorMeta, lay_out
 from miles_sync.plan import Copy, CopyPlan, Extents, Live, Region, bind, clipped, decode, paired, unread
-from miles_sync.receivers import Piece
+from miles_sync.receivers import Piece, Pieces
 
 
 def _plan(copies: list[Copy], shapes: dict[str, tuple[int, ...]], layout: str = "", **changes: object) -> CopyPlan:
@@ -124,14 +124,14 @@ def test_neighbours_are_merged_and_worked_out_once() -> None:
     model = Wide()
     bound = bind(_plan(copies, {"w": (32,)}, manifest.layout_id()), manifest, model)
     flat = torch.arange(32, dtype=torch.float32)
-    pieces = [Piece(0, 0, flat[:16]), Piece(1, 0, flat[16:])]
+    pieces = Pieces([Piece(0, 0, flat[:16]), Piece(1, 0, flat[16:])])
     bound.install(pieces)
     assert model.w.tolist() == flat.tolist()
-    [(kept, steps)] = bound._known.values()
-    assert kept is pieces and [len(targets) for targets, _ in steps] == [1]
+    memo = pieces.memo
+    assert memo is not None and [len(targets) for targets, _ in memo[1]] == [1]
     flat.add_(5)  # the same memory with the next version
     bound.install(pieces)
-    assert model.w.tolist() == flat.tolist() and len(bound._known) == 1
+    assert model.w.tolist() == flat.tolist() and pieces.memo is memo
 
 
 def test_all_ranks_together_must_read_everything() -> None:

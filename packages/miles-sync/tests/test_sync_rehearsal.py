@@ -12,7 +12,7 @@ import torch
 from miles_sync.errors import CommitError, MismatchError
 from miles_sync.manifest import Manifest, describe, lay_out
 from miles_sync.plan import bind
-from miles_sync.receivers import Piece
+from miles_sync.receivers import Piece, Pieces
 from miles_sync.rehearsal import record
 
 Weights = dict[str, torch.Tensor]
@@ -85,7 +85,7 @@ def _replay(model: torch.nn.Module, sources: Weights, *, cut: int | None = None)
     for index, tensor in enumerate(sources.values()):
         flat = tensor.reshape(-1)
         step = cut or max(flat.numel(), 1)
-        bound.install([Piece(index, at, flat[at : at + step]) for at in range(0, flat.numel(), step)])
+        bound.install(Pieces([Piece(index, at, flat[at : at + step]) for at in range(0, flat.numel(), step)]))
     bound.finish()
 
 

@@ -18,7 +18,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from miles_sync.errors import ManifestError
 from miles_sync.manifest import TensorMeta, lay_out
 from miles_sync.plan import bind
-from miles_sync.receivers import Piece
+from miles_sync.receivers import Piece, Pieces
 from miles_sync.rehearsal import record
 from miles_sync.shards import Shard, ShardMeta, cover, local_shards, meta_of, resharded, wanted
 
@@ -92,7 +92,7 @@ def test_any_cut_of_the_tensors_loads_the_same_weights() -> None:
             bound.begin()
             for index, box in enumerate(boxes):
                 if box in wanted(plan, boxes):
-                    bound.install([Piece(index, 0, data[box])])
+                    bound.install(Pieces([Piece(index, 0, data[box])]))
             bound.finish()
             for (name, got), expected in zip(model.named_parameters(), loaded.parameters(), strict=True):
                 assert torch.equal(got, expected), (trial, rank, name)

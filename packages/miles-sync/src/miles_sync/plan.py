@@ -23,10 +23,7 @@ import torch
 
 from miles_sync.errors import CommitError, ManifestError, MismatchError
 from miles_sync.manifest import DTYPES, Manifest
-from miles_sync.receivers import Piece
-
-_SEQUENCES_KEPT = 1 << 16
-"""Sequences of pieces remembered: one a bucket is expected, a caller that makes new ones must not fill the memory."""
+from miles_sync.receivers import Pieces
 
 
 class Region(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
@@ -331,6 +328,7 @@ class BoundPlan:
         self._model = model
         self._entries = manifest.entries
         self._targets = targets
+        self._fresh = True
         self._by_source: dict[int, list[Copy]] = {}
         for copy in plan.copies:
             self._by_source.setdefault(copy.source, []).append(copy)
@@ -339,34 +337,32 @@ class BoundPlan:
             for index, entry in enumerate(manifest.entries)
             if entry.name in plan.through_loader
         }
-        self._known: dict[int, tuple[Sequence[Piece], list[_Step]]] = {}
 
     @property
     def held_bytes(self) -> int:
         """Memory held for the sources that go through the model's loader."""
         return sum(tensor.nbytes for tensor in self._held.values())
 
-    def install(self, pieces: Sequence[Piece]) -> None:
+    def install(self, pieces: Pieces) -> None:
         """Write pieces of the manifest's tensors into the live weights.
 
         Args:
-            pieces: As `miles_sync.receivers.Receiver.install` has them, on the device of the weights or on the host.
-                What was worked out for a sequence object is kept with it and used when the same object comes again.
+            pieces: On the device of the weights, or on the host. What they mean is worked out once and kept in their
+                memo.
         """
-        known = self._known.get(id(pieces))
-        if known is None:
-            if len(self._known) >= _SEQUENCES_KEPT:
-                self._known.clear()
-            known = self._known[id(pieces)] = (pieces, self._compile(pieces))
+        if pieces.memo is None or pieces.memo[0] is not self:
+            pieces.memo = self, self._compile(pieces)
         with torch.no_grad():
-            for targets, sources in known[1]:
+            if self._fresh:
+                for fill in self.plan.fills:
+                    _cut(self._targets[fill.parameter], fill.write).fill_(fill.value)
+                self._fresh = False
+            for targets, sources in pieces.memo[1]:
                 torch._foreach_copy_(targets, sources)  # pyright: ignore[reportPrivateImportUsage]
 
     def begin(self) -> None:
-        """Write the constants. Call before the first `install` of a sync."""
-        with torch.no_grad():
-            for fill in self.plan.fills:
-                _cut(self._targets[fill.parameter], fill.write).fill_(fill.value)
+        """A sync starts: with its first piece the constants are written too."""
+        self._fresh = True
 
     def finish(self) -> None:
         """Hand the model's loader what it computes with, and have the model derive what it derives from its weights.
@@ -384,7 +380,7 @@ class BoundPlan:
                 error
             )
 
-    def _compile(self, pieces: Sequence[Piece]) -> list[_Step]:
+    def _compile(self, pieces: Pieces) -> list[_Step]:
         """What some pieces hold, as a few batched copies."""
         runs: list[_Run] = []
         held: list[tuple[torch.Tensor, torch.Tensor]] = []
