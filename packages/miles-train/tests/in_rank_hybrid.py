@@ -80,3 +80,17 @@ def packed_and_apart(address, path):
     apart = np.concatenate([ours_logits(trainer._cores[0], sample) for sample in samples])
     trainer.close()
     return packed, apart
+
+
+def train_in_bfloat16(address, path):
+    """Tensors that stay in float32, as they were and after a step; and logprobs of the other precision beside ours."""
+    trainer = make_trainer(address, path, {**SETTINGS, "lr": 1e-4, "bf16": True})
+    before = {name: tensor.clone() for name, tensor in trainer.weights() if tensor.dtype == torch.float32}
+    logprobs = trainer.logprobs(batch_of())
+    trainer.step([batch_of()])
+    after = {name: tensor.clone() for name, tensor in trainer.weights() if tensor.dtype == torch.float32}
+    trainer.close()
+    trainer = make_trainer(address, path, SETTINGS)
+    wide = trainer.logprobs(batch_of())
+    trainer.close()
+    return before, after, logprobs, wide

@@ -102,6 +102,20 @@ def test_packed_samples_do_not_see_each_other(ranks, tmp_path):
     assert np.abs(packed - apart).max() <= 1e-5 * np.abs(apart).max()
 
 
+def test_decays_stay_in_float32_beside_a_model_in_bfloat16(ranks, tmp_path):
+    values = {**TEXT["qwen3_5_moe_text"], **layers("lfl")}
+    ranks.run_one("in_rank_reference.make_reference_model", tmp_path / "hf", "qwen3_5_moe_text", values)
+    before, after, logprobs, wide = ranks.run_one("in_rank_hybrid.train_in_bfloat16", tmp_path / "hf")
+    names = [f"model.layers.{layer}.linear_attn.{name}" for layer in (0, 2) for name in ("A_log", "dt_bias")]
+    stored = load_file(tmp_path / "hf" / "model.safetensors")
+    assert sorted(before) == sorted(after) == sorted(names)
+    for name in names:
+        assert torch.equal(before[name], stored[name])
+        # bfloat16 has no number as near.
+        assert 0 < (after[name] - before[name]).abs().max() < 2e-4
+    assert np.abs(logprobs - wide).mean() < 0.1
+
+
 # Heads of all kinds for four ranks, and layers for two stages of two virtual ones.
 DIVISIBLE = {
     **layers("lflf"),

@@ -39,11 +39,11 @@ def read_config(config: Mapping[str, Any], *, experts: bool) -> HybridConfig:
 def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """The part of config.json for the text.
 
-    Whether the head is tied, and whether weights are quantised, is said beside that part.
+    Whether the head is tied is said beside that part.
     """
     if "text_config" not in config:
         return config
-    outer = ("architectures", "tie_word_embeddings", "quantization_config")
+    outer = ("architectures", "tie_word_embeddings")
     return {**config["text_config"], **{key: config[key] for key in outer if key in config}}
 
 
