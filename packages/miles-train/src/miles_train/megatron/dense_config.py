@@ -1,9 +1,10 @@
 """What config.json says of a dense decoder of the Llama line, in one checked shape.
 
 The weight table and the layer spec of such a family both start here. Values that would change the arithmetic in a way
-this package does not compute are refused: a model that only almost matches is worse than none. Keys that change nothing
-here: `attention_dropout` (dropout is off), `initializer_range` (weights are read), `use_cache`, `pretraining_tp`, ids of
-the tokens that begin and end, `output_router_logits` and `router_aux_loss_coef` (there are no auxiliary losses).
+this package does not compute are refused: a model that only almost matches is worse than none. Keys that change
+nothing here: `attention_dropout` (dropout is off), `initializer_range` (weights are read), `use_cache`,
+`pretraining_tp`, ids of the tokens that begin and end, `output_router_logits` and `router_aux_loss_coef` (there are no
+auxiliary losses).
 """
 
 from collections.abc import Mapping
