@@ -127,11 +127,19 @@ def ours_0_6b(bench: Bench) -> dict[str, Any]:
             result[f"micro_{micro}"] = {
                 f"{count}_micro_batches": _measure(trainer, config, bench.lengths(count * micro)) for count in (1, 4)
             }
-            if len(result) == 1:
+            if "implementation" not in result:
                 result["implementation"] = trainer._args.transformer_impl
                 batch = gpu_models.make_batch(bench.lengths(micro), config["vocab_size"])
                 result["profile"] = _profile(trainer, batch, bench.out / "profile-0.6b.txt")
-                result["logprobs"] = _measure_logprobs(trainer, config, bench.lengths(4 * micro))
+                logprobs = _measure_logprobs(trainer, config, bench.lengths(4 * micro))
+                step = result[f"micro_{micro}"]["4_micro_batches"]
+                seconds = logprobs["step_s"] + step["step_s"]
+                result["old_logprobs"] = logprobs
+                result["rl_phase"] = {
+                    "note": "old logprobs and the update, of 4 micro-batches",
+                    "tokens_per_s": round(step["tokens"] / seconds),
+                    "mfu": round((logprobs["mfu"] * logprobs["step_s"] + step["mfu"] * step["step_s"]) / seconds, 4),
+                }
     return result
 
 
@@ -147,7 +155,7 @@ def stock_0_6b(bench: Bench) -> dict[str, Any]:
     """Stock Megatron's own spec and loss on Transformer Engine, nothing tuned."""
     config = bench.sized(gpu_models.QWEN3_0_6B)
     result: dict[str, Any] = {}
-    for tokens in (32768, 16384):
+    for tokens in (16384, 32768):  # the larger one may not fit
         lengths = bench.lengths(tokens)
         try:
             model = StockModel(config, lengths)
@@ -166,13 +174,13 @@ def stock_0_6b(bench: Bench) -> dict[str, Any]:
 
 def ours_8b(bench: Bench) -> dict[str, Any]:
     """Qwen3-8B's shapes at two depths that fit with their optimizer state; the whole model is extrapolated."""
-    shallow, deep = (12, 24) if bench.memory_gib > 100 else (4, 9)
+    shallow, deep = (8, 18) if bench.memory_gib > 100 else (3, 8)
     return _by_depth(bench, gpu_models.QWEN3_8B, shallow, deep, 8192)
 
 
 def ours_30b_a3b(bench: Bench) -> dict[str, Any]:
     """Layers of Qwen3-30B-A3B, all 128 experts, at two depths that fit with their optimizer state."""
-    shallow, deep = (3, 6) if bench.memory_gib > 100 else (1, 2)
+    shallow, deep = (3, 6) if bench.memory_gib > 100 else (1, 3)
     return _by_depth(bench, gpu_models.QWEN3_30B_A3B, shallow, deep, 16384)
 
 
