@@ -47,6 +47,13 @@ class MicroBatch:
     ends: NDArray[np.int32] | None = None
 
 
+def far_enough(micro: MicroBatch, ahead: int) -> NDArray[np.int64]:
+    """Which of the selected tokens can be predicted from `ahead` positions further back in their sample, int64 [K]."""
+    begins = np.zeros(1, np.int64) if micro.ends is None else np.append(0, micro.ends[:-1])
+    first = begins[np.searchsorted(begins, micro.positions, side="right") - 1]
+    return np.flatnonzero(micro.positions - ahead >= first)
+
+
 def cut(batch: Batch, max_tokens: int, *, all_tokens: bool = False) -> Iterator[MicroBatch]:
     """Yield the samples of a batch as padded micro-batches, sorted by length to waste little on padding.
 

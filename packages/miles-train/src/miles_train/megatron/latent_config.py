@@ -96,6 +96,11 @@ class LatentConfig:
     prefix: str = ""
 
     @property
+    def extra_layers(self) -> tuple[int, ...]:
+        """Numbers of the layers for multi-token prediction, as stored."""
+        return tuple(range(self.num_layers, self.num_layers + self.num_extra_layers))
+
+    @property
     def dense_layers(self) -> tuple[int, ...]:
         """Layers without experts."""
         return tuple(layer for layer in range(self.num_layers) if layer not in self.sparse_layers)

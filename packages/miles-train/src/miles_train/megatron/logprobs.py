@@ -12,7 +12,7 @@ What each kind of parallelism brings to the last stage, and what is done about i
 - pipeline: a stage that is not the last returns hidden states for the next one.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -22,12 +22,13 @@ from miles_train.megatron import zigzag
 from miles_train.megatron.head import HeadOptions, head_logprobs
 from miles_train.megatron.packing import packed_params
 from miles_train.megatron.runtime import on_device
+from miles_train.megatron.specs.predict_more import with_loss
 from miles_train.megatron.upstream import (
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
     parallel_state,
 )
-from miles_train.microbatches import MicroBatch
+from miles_train.microbatches import MicroBatch, far_enough
 
 # More logits than this are made in chunks, and again for the backward pass: small beside a layer's activations, large
 # enough for a full GEMM. On a GPU more are kept: making them again is a third more work in the head.
@@ -44,6 +45,7 @@ def token_logprobs(
     temperature: float,
     entropy_grad: bool,
     device: torch.device,
+    weight_ahead: float = 0.0,
 ) -> Any:
     """Run one chunk of the model over a micro-batch.
 
@@ -54,6 +56,8 @@ def token_logprobs(
         temperature: logits are divided by it, as the sampling engine does.
         entropy_grad: whether the entropy needs a gradient.
         device: of the model.
+        weight_ahead: weight of -log p of every selected token as layers for multi-token prediction, if the model has
+            such, predict it from further back. The backward pass adds the gradient of that loss.
 
     Returns:
         From the last chunk of the last stage, for each selected token of the micro-batch its log probability with
@@ -74,11 +78,24 @@ def token_logprobs(
         chunk_bytes=at_once,
     )
 
-    def head(hidden_states: Tensor, output_layer: Any, output_weight: Tensor | None, **_: Any) -> tuple[Tensor, Tensor]:
+    def head(
+        hidden_states: Tensor,
+        output_layer: Any,
+        output_weight: Tensor | None,
+        more_hidden_states: Sequence[Tensor] = (),
+        **_: Any,
+    ) -> tuple[Tensor, Tensor]:
         hidden = _whole(hidden_states, output_layer)
         # [S, B, H] -> [M, H]; the backward pass of an index per dim would sort them.
         selected = hidden.flatten(0, 1).index_select(0, places * hidden.shape[1] + rows[mine])
         weight = output_layer.weight if output_weight is None else output_weight
+        for ahead, states in enumerate(more_hidden_states, start=1):
+            far = on_device(far_enough(micro, ahead), device)
+            more = _whole(states, output_layer).flatten(0, 1)
+            more = more.index_select(0, (positions[far] - ahead) * hidden.shape[1] + rows[far])
+            apart = output_layer.config.mtp_detach_heads
+            logprobs, _ = head_logprobs(more, weight.detach() if apart else weight, targets[far], options)
+            selected = with_loss(selected, -weight_ahead * logprobs.sum())
         return _over_context_ranks(head_logprobs(selected, weight, targets[mine], options), mine, len(targets))
 
     tokens = tokens[:, _positions_here(tokens.shape[1], device)]

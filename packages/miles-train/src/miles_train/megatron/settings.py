@@ -91,7 +91,7 @@ READ = _names(
     tensor_model_parallel_size sequence_parallel pipeline_model_parallel_size num_layers_per_virtual_pipeline_stage
     num_virtual_stages_per_pipeline_rank decoder_first_pipeline_num_layers decoder_last_pipeline_num_layers
     pipeline_model_parallel_layout context_parallel_size expert_model_parallel_size expert_tensor_parallel_size
-    moe_token_dispatcher_type moe_grouped_gemm transformer_impl
+    moe_token_dispatcher_type moe_grouped_gemm transformer_impl mtp_loss_scaling_factor mtp_detach_heads
     """
 )
 

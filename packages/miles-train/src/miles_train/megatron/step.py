@@ -131,8 +131,10 @@ class Learner:
             sums.add_tokens({**metrics, "entropy": columns.scatter(micro, output[1])}, inputs.loss_mask)
             return total, num_tokens, {}
 
+        weight_ahead = self._weight_ahead(batch)
+
         def forward(micro: MicroBatch, chunk: Any) -> tuple[Any, Callable[..., Any]]:
-            return self._token_logprobs(chunk, micro), partial(micro_loss, micro)
+            return self._token_logprobs(chunk, micro, weight_ahead), partial(micro_loss, micro)
 
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
@@ -168,7 +170,14 @@ class Learner:
             count = -(-count // stages) * stages
         return count
 
-    def _token_logprobs(self, chunk: Any, micro: MicroBatch) -> Any:
+    def _weight_ahead(self, batch: Batch) -> float:
+        """Weight of a token's -log p in the loss of multi-token prediction: a mean over tokens and layers, scaled."""
+        config: Any = self.chunks[0].config
+        if not config.mtp_num_layers:
+            return 0.0
+        return config.mtp_loss_scaling_factor / config.mtp_num_layers / max(1, batch.num_loss_tokens)
+
+    def _token_logprobs(self, chunk: Any, micro: MicroBatch, weight_ahead: float = 0.0) -> Any:
         return token_logprobs(
             chunk,
             micro,
@@ -176,6 +185,7 @@ class Learner:
             temperature=self.temperature,
             entropy_grad=self.loss.needs_entropy,
             device=self.device,
+            weight_ahead=weight_ahead,
         )
 
     def _run(

@@ -23,7 +23,7 @@ from miles_train.megatron.model_weights import ModelWeights
 from miles_train.megatron.packing import decide_packing
 from miles_train.megatron.runtime import Address
 from miles_train.megatron.settings import check_settings
-from miles_train.megatron.specs import SPECS, build_chunks
+from miles_train.megatron.specs import build_chunks, spec_for
 from miles_train.megatron.specs.backend import TRANSFORMER_ENGINE
 from miles_train.megatron.step import Learner
 from miles_train.megatron.upstream import (
@@ -108,8 +108,9 @@ class MegatronTrainer:
         """
         address = address or Address()
         directory = open_model_directory(model_path)
-        table, source = table_for(directory), Source(directory, decode)
-        spec = SPECS[directory.architecture]
+        predicts_more = "mtp_loss_scaling_factor" in megatron
+        table, source = table_for(directory, predicts_more=predicts_more), Source(directory, decode)
+        spec = spec_for(directory.architecture, predicts_more=predicts_more)
         self._device = runtime.device_of_this_process()
         on_gpu = self._device.type == "cuda"
         check_settings(megatron)

@@ -18,7 +18,7 @@ from miles_train.megatron.specs import (
 )
 from miles_train.megatron.specs.build import Spec, build_chunks
 
-__all__ = ["SPECS", "Spec", "build_chunks"]
+__all__ = ["SPECS", "Spec", "build_chunks", "spec_for"]
 
 SPECS: Mapping[str, Spec] = {
     "DeepseekV3ForCausalLM": deepseek.SPEC,
@@ -38,3 +38,13 @@ SPECS: Mapping[str, Spec] = {
     "Qwen3_5MoeForConditionalGeneration": qwen3_5.MOE,
     "Qwen3MoeForCausalLM": qwen3_moe.SPEC,
 }
+_WITH_MORE: Mapping[str, Spec] = {
+    "DeepseekV3ForCausalLM": deepseek.WITH_MORE,
+    "Glm4MoeLiteForCausalLM": glm4_moe_lite.WITH_MORE,
+    "KimiK25ForConditionalGeneration": deepseek.WITH_MORE,
+}
+
+
+def spec_for(architecture: str, *, predicts_more: bool = False) -> Spec:
+    """The spec of an architecture that `weights.table_for` knows; with trained layers for multi-token prediction."""
+    return (_WITH_MORE if predicts_more else SPECS)[architecture]

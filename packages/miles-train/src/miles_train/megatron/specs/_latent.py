@@ -9,6 +9,7 @@ from miles_train.megatron.specs.backend import BackendSpecProvider
 from miles_train.megatron.specs.latent_attention import LatentAttention, Rotation
 from miles_train.megatron.specs.layers import decoder_layer
 from miles_train.megatron.specs.modules import with_bias
+from miles_train.megatron.specs.predict_more import more_tokens_block
 from miles_train.megatron.specs.sparse_attention import Choice, SparseAttention
 from miles_train.megatron.upstream import (
     AttnMaskType,
@@ -51,6 +52,24 @@ def latent_arguments(config: LatentConfig) -> dict[str, Any]:
         "untie_embeddings_and_output_weights": not config.tied,
         **(moe_arguments(config.moe) | {"moe_layer_freq": sparse} if config.sparse_layers else {}),
     }
+
+
+def more_arguments(config: LatentConfig) -> dict[str, Any]:
+    """Megatron's arguments for a model whose layers for multi-token prediction are trained."""
+    return {**latent_arguments(config), "mtp_num_layers": config.num_extra_layers}
+
+
+def more_layers(config: LatentConfig, transformer: TransformerConfig, backend: BackendSpecProvider) -> ModuleSpec:
+    """The block of layers for multi-token prediction, each as the decoder's last one.
+
+    Raises:
+        InputError: a layout in which their embedding would lie on another rank, or tokens ahead would.
+    """
+    for key in ("pipeline_model_parallel_size", "context_parallel_size"):
+        if getattr(transformer, key) > 1:
+            raise _layout_error(key, getattr(transformer, key), "must be 1 where mtp_loss_scaling_factor is set")
+    last = latent_layers(config, transformer, backend)[-1]
+    return more_tokens_block([last] * config.num_extra_layers, backend)
 
 
 def latent_layers(

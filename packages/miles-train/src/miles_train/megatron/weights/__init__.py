@@ -66,8 +66,19 @@ TABLES: Mapping[str, Callable[[Mapping[str, Any], Collection[str]], WeightTable]
 }
 
 
-def table_for(directory: ModelDirectory) -> WeightTable:
+_WITH_MORE: Mapping[str, Callable[[Mapping[str, Any], Collection[str]], WeightTable]] = {
+    "DeepseekV3ForCausalLM": deepseek.table_with_more,
+    "Glm4MoeLiteForCausalLM": glm4_moe_lite.table_with_more,
+    "KimiK25ForConditionalGeneration": deepseek.table_with_more,
+}
+
+
+def table_for(directory: ModelDirectory, *, predicts_more: bool = False) -> WeightTable:
     """The table of a directory's architecture, checked against its tensors.
+
+    Args:
+        directory: the model.
+        predicts_more: whether layers for multi-token prediction are trained; else they pass through export unchanged.
 
     Raises:
         InputError: an unknown architecture, a config without a needed key, or tensors that do not fit.
@@ -79,6 +90,15 @@ def table_for(directory: ModelDirectory) -> WeightTable:
             directory.architecture,
             f"must be one of {', '.join(sorted(TABLES))}",
             "Train one of these, or register a weight table and a spec for it.",
+        )
+    if predicts_more:
+        make = _WITH_MORE.get(directory.architecture)
+    if make is None:
+        raise InputError(
+            "train.megatron.mtp_loss_scaling_factor",
+            "set",
+            f"layers for multi-token prediction are trained for {', '.join(sorted(_WITH_MORE))} alone",
+            "Remove the key: the layers then pass through export unchanged.",
         )
     if not (directory.config.get("text_config") or directory.config).get("is_causal", True):
         raise InputError(

@@ -5,6 +5,7 @@ Both transformers' saved names and those of the models' own repositories are the
 
 from collections.abc import Collection
 
+from miles_core.errors import InputError
 from miles_train.megatron.latent_config import LatentConfig
 from miles_train.megatron.weights._moe import MoENames, gated_mlp_rows, moe_rows
 from miles_train.megatron.weights.table import Row, WeightTable
@@ -13,42 +14,86 @@ _LAYER = "model.layers.{layer}."
 _MEGATRON = "decoder.layers.{layer}."
 
 
-def latent_table(config: LatentConfig, stored: Collection[str] = ()) -> WeightTable:
+def latent_table(config: LatentConfig, stored: Collection[str] = (), *, predicts_more: bool = False) -> WeightTable:
     """Rows of the decoder.
 
     Layers for multi-token prediction, which transformers does not have, stay outside the trainer and pass through
-    export unchanged; so does what a directory stores beside a text model.
+    export unchanged unless they are trained; so does what a directory stores beside a text model.
 
     Args:
         config: of the model.
         stored: names in the directory.
+        predicts_more: whether layers for multi-token prediction are trained. The embedding and output head that are
+            stored with each of them are then the model's own.
+
+    Raises:
+        InputError: they are to be trained, and the model has none.
     """
     prefix, hidden = config.prefix, config.hidden_size
     embedding, head = prefix + "model.embed_tokens.weight", prefix + "lm_head.weight"
-    vocab = (config.vocab_size, hidden)
+    vocab, hf = (config.vocab_size, hidden), prefix + _LAYER
+    dense = _dense_rows(config, hf, _MEGATRON, config.dense_layers)
+    mlp = dense + _sparse_rows(config, hf, _MEGATRON, config.sparse_layers)
     rows = [
         Row((embedding,), (vocab,), "embedding.word_embeddings.weight", shard_dim=0, padded=True),
         Row((prefix + "model.norm.weight",), ((hidden,),), "decoder.final_layernorm.weight"),
-        *layer_rows(config, prefix + _LAYER, _MEGATRON),
+        *_layer_rows(config, hf, _MEGATRON, mlp),
     ]
     tied = {head: embedding} if config.tied else {}
+    if predicts_more:
+        rows += _more_rows(config)
+        for layer in config.extra_layers:
+            tied[f"{prefix}model.layers.{layer}.embed_tokens.weight"] = embedding
+            tied[f"{prefix}model.layers.{layer}.shared_head.head.weight"] = embedding if config.tied else head
     if not config.tied:
         rows.append(Row((head,), (vocab,), "output_layer.weight", shard_dim=0, padded=True))
-    return WeightTable(tuple(rows), config.num_layers, tied, _outside(config, stored))
+    outside = () if predicts_more else tuple(f"{prefix}model.layers.{layer}.*" for layer in config.extra_layers)
+    return WeightTable(tuple(rows), config.num_layers, tied, outside + _outside(config, stored))
 
 
-def layer_rows(config: LatentConfig, hf: str, megatron: str) -> list[Row]:
-    """Rows of the decoder's layers."""
+def _more_rows(config: LatentConfig) -> list[Row]:
+    """Rows of the layers for multi-token prediction, whose MLP is as the decoder's last one."""
+    if not config.extra_layers:
+        raise InputError(
+            "train.megatron.mtp_loss_scaling_factor",
+            "set",
+            "the model has no layers for multi-token prediction (num_nextn_predict_layers = 0)",
+            "Remove the key.",
+        )
+    hidden, rows = config.hidden_size, []
+    names = {"enorm": "enorm", "hnorm": "hnorm", "shared_head.norm": "final_layernorm"}
+    for number, layer in enumerate(config.extra_layers):
+        hf, megatron = f"{config.prefix}model.layers.{layer}.", f"mtp.layers.{number}."
+        rows += [Row((f"{hf}{a}.weight",), ((hidden,),), f"{megatron}{b}.weight") for a, b in names.items()]
+        rows.append(Row((hf + "eh_proj.weight",), ((hidden, 2 * hidden),), megatron + "eh_proj.weight", shard_dim=0))
+        megatron += "mtp_model_layer."
+        mlp = (
+            _sparse_rows(config, hf, megatron, None)
+            if config.sparse_layers
+            else _dense_rows(config, hf, megatron, None)
+        )
+        rows += _layer_rows(config, hf, megatron, mlp)
+    return rows
+
+
+def _layer_rows(config: LatentConfig, hf: str, megatron: str, mlp: list[Row]) -> list[Row]:
+    """Rows of decoder layers, by the prefixes of their names."""
     hidden = config.hidden_size
-    names = MoENames(prefix=hf + "mlp.")
     return [
         Row((hf + "input_layernorm.weight",), ((hidden,),), megatron + "input_layernorm.weight"),
         *_attention_rows(config, hf + "self_attn.", megatron + "self_attention."),
         *_indexer_rows(config, hf + "self_attn.indexer.", megatron + "self_attention.core_attention.indexer."),
         Row((hf + "post_attention_layernorm.weight",), ((hidden,),), megatron + "pre_mlp_layernorm.weight"),
-        *gated_mlp_rows(hf + "mlp.", megatron + "mlp.", hidden, config.intermediate_size, layers=config.dense_layers),
-        *moe_rows(config.moe, hidden, config.sparse_layers, names, megatron + "mlp."),
+        *mlp,
     ]
+
+
+def _dense_rows(config: LatentConfig, hf: str, megatron: str, layers: tuple[int, ...] | None) -> list[Row]:
+    return gated_mlp_rows(hf + "mlp.", megatron + "mlp.", config.hidden_size, config.intermediate_size, layers=layers)
+
+
+def _sparse_rows(config: LatentConfig, hf: str, megatron: str, layers: tuple[int, ...] | None) -> list[Row]:
+    return moe_rows(config.moe, config.hidden_size, layers, MoENames(prefix=hf + "mlp."), megatron + "mlp.")
 
 
 def _attention_rows(config: LatentConfig, hf: str, megatron: str) -> list[Row]:
@@ -101,12 +146,10 @@ def _indexer_rows(config: LatentConfig, hf: str, megatron: str) -> list[Row]:
 
 def _outside(config: LatentConfig, stored: Collection[str]) -> tuple[str, ...]:
     layers = config.prefix + "model.layers."
-    extra = range(config.num_layers, config.num_layers + config.num_extra_layers)
     experts = range(config.moe.num_experts, config.moe.num_experts + config.num_idle_experts)
     sharing = () if config.indexer is None else set(range(config.num_layers)) - set(config.indexer.full_layers)
     beside = {name.partition(".")[0] for name in stored if not name.startswith(config.prefix)}
     return (
-        *(f"{layers}{layer}.*" for layer in extra),
         *(f"{layers}*.mlp.experts.{expert}.*" for expert in experts),
         *(f"{layers}{layer}.self_attn.indexer.*" for layer in sorted(sharing)),
         # Empty where there are none: transformers makes an MLP of width 0.

@@ -32,7 +32,9 @@ def hf_weights(
         outlive the next update.
     """
     parameters = dict(parameters)
-    repeated = {original: name for name, original in ties.items()}
+    repeated: dict[str, list[str]] = {}
+    for name, original in ties.items():
+        repeated.setdefault(original, []).append(name)
     unfinished: dict[str, tuple[Tensor, int]] = {}
     for row in table.expand():
         for region, part in zip(row.regions(), _parts(row, parameters[row.megatron].detach()), strict=True):
@@ -40,8 +42,8 @@ def hf_weights(
             if tensor is None:
                 continue
             yield region.name, tensor
-            if region.name in repeated:
-                yield repeated[region.name], tensor
+            for name in repeated.get(region.name, ()):
+                yield name, tensor
 
 
 def _parts(row: Row, parameter: Tensor) -> list[Tensor]:

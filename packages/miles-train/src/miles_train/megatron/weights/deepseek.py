@@ -53,3 +53,8 @@ def read_config(config: Mapping[str, Any]) -> LatentConfig:
 def table(config: Mapping[str, Any], stored: Collection[str] = ()) -> WeightTable:
     """Rows for config.json; `stored` tells what lies beside the text model."""
     return latent_table(read_config(config), stored)
+
+
+def table_with_more(config: Mapping[str, Any], stored: Collection[str] = ()) -> WeightTable:
+    """Rows for config.json, layers for multi-token prediction among them."""
+    return latent_table(read_config(config), stored, predicts_more=True)

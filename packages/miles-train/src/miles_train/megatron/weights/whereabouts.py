@@ -82,12 +82,13 @@ def find(share: Share, tensors: Mapping[str, Tensor], ties: Mapping[str, str]) -
     )
     everyone = [mine] * distributed.get_world_size()
     distributed.all_gather_object(everyone, mine)
-    repeated = {original: name for name, original in ties.items()}
+    repeated: dict[str, list[str]] = {}
+    for name, original in ties.items():
+        repeated.setdefault(original, []).append(name)
     placed = []
     for tensor in _placed(share, everyone):
         placed.append(tensor)
-        if tensor.name in repeated:
-            placed.append(replace(tensor, name=repeated[tensor.name]))
+        placed += [replace(tensor, name=name) for name in repeated.get(tensor.name, ())]
     return placed
 
 
