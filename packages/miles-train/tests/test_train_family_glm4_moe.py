@@ -100,7 +100,7 @@ def test_glm4_moe_is_the_same_on_two_ranks(ranks, shared_and_grouped):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", sorted(set(LAYOUTS) - {"tp4", "tp2-whole-sequences"}))  # two key heads; experts
 def test_glm4_moe_is_the_same_in_every_layout(ranks, shared_and_grouped, name):
     assert_layouts_agree(ranks, shared_and_grouped, name)
 

@@ -34,5 +34,6 @@ def _detach_padding(padding: int, module: Any, args: tuple[Tensor, ...], output:
     """The same embeddings; output is [B, S, H], or this rank's part of the sequence as [S / TP, B, H]."""
     (ids,) = args
     if module.reduce_scatter_embeddings:
-        ids = ids.t().tensor_split(module.tp_group.size())[module.tp_group.rank()]
+        # Contiguous, or the result would take over the transposed strides, which a pipeline cannot send.
+        ids = ids.t().contiguous().tensor_split(module.tp_group.size())[module.tp_group.rank()]
     return torch.where((ids == padding)[..., None], output.detach(), output)
