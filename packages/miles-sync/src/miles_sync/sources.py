@@ -120,6 +120,10 @@ class _Announced:
     def __init__(self, source: Source) -> None:
         self._source = source
 
+    @property
+    def device(self) -> torch.device:
+        return getattr(self._source, "device", torch.device("cpu"))
+
     def metadata(self) -> Sequence[TensorMeta]:
         return metadata_of(self._source)
 
