@@ -28,17 +28,19 @@ class SequenceRatio:
 LINEAR = {"lr": 1e3, "adam_eps": 1e4, "clip_grad": 0.0, "weight_decay": 0.0}
 
 
-def run(address, path, settings, first_takes_all=False):
+def run(address, path, settings, first_takes_all=False, packed=False):
     """Logprobs, then a step of two updates.
 
     Args:
         first_takes_all: leave all shards but the first empty.
+        packed: samples end to end in one row.
 
     Returns:
         The shard that the rank brought and the logprobs of its samples; metrics; from rank 0 the weights after it.
     """
     # A micro-batch holds few samples: the shards need different numbers of them.
-    trainer = make_trainer(address, path, {**LINEAR, **settings}, SequenceRatio(), micro_batch_tokens=30)
+    more = {"micro_batch_tokens": 30, "packed": packed}
+    trainer = make_trainer(address, path, {**LINEAR, **settings}, SequenceRatio(), **more)
     mine = range(trainer.shard, 12, trainer.num_shards)
     if first_takes_all:
         mine = range(12 if trainer.shard == 0 else 0)

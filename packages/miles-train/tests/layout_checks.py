@@ -45,7 +45,7 @@ UPDATES = 1e-4  # of the norm of a tensor's update
 NOISE = 1e-6  # of the largest norm: an update that is 0 but for rounding
 
 
-def assert_layouts_agree(ranks, path, *names, settings=None, first_takes_all=False):
+def assert_layouts_agree(ranks, path, *names, settings=None, first_takes_all=False, packed=False):
     """Hold layouts against one rank.
 
     Args:
@@ -54,6 +54,7 @@ def assert_layouts_agree(ranks, path, *names, settings=None, first_takes_all=Fal
         names: of LAYOUTS.
         settings: of the trainer, in all of them.
         first_takes_all: leave all shards but the first empty.
+        packed: samples end to end in one row; not on the single rank.
     """
     settings = settings or {}
     alone = ranks.run_one("in_rank_layouts.run", path, settings)
@@ -61,7 +62,7 @@ def assert_layouts_agree(ranks, path, *names, settings=None, first_takes_all=Fal
     found = {}
     for name in names:
         world_size, layout = LAYOUTS[name]
-        arguments = path, {**settings, **layout}, first_takes_all
+        arguments = path, {**settings, **layout}, first_takes_all, packed
         results = ranks.run("in_rank_layouts.run", *arguments, world_size=world_size)
         found[name] = differences(results, alone, before, first_takes_all)
     assert found == {name: [] for name in names}, json.dumps(found, indent=1)

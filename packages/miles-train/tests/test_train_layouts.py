@@ -96,6 +96,12 @@ def test_recomputed_activations_change_nothing(name, ranks, dense):
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("name", ["tp2-pp2-vp2", "dp2-pp2", "tp2-ep2", "ep4"])
+def test_packed_rows_change_nothing(name, ranks, experts):
+    assert_layouts_agree(ranks, experts, name, packed=True)
+
+
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["tp2-pp2", "dp2-tp2", "tp2-cp2", "pp2-ep2", "tp2-ep2"])
 def test_bf16_stays_close_to_float32(name, ranks, experts):
     (_, logprobs, expected, _) = ranks.run_one("in_rank_layouts.run", experts, {})

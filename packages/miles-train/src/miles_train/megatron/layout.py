@@ -90,7 +90,7 @@ def _check_product(layout: Layout, names: tuple[str, ...]) -> None:
     for name in names:
         product *= getattr(layout, name)
     if layout.world_size % product:
-        told = " x ".join(f"{_KEYS[name]} = {getattr(layout, name)}" for name in names)
+        told = " x ".join(f"{_KEYS[name]} = {getattr(layout, name)}" for name in names if getattr(layout, name) > 1)
         raise InputError(
             "train.num_ranks",
             layout.world_size,
