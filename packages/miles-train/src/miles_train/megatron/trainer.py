@@ -14,7 +14,7 @@ from miles_core.algorithms.losses import Loss
 from miles_core.hooks import AfterModelInit, AfterTrainStep, BeforeLogprobs, BeforeTrainStep
 from miles_core.types import Batch, Floats
 from miles_train.export import MAX_SHARD_BYTES
-from miles_train.megatron import cpu_shim, resume_fixes, runtime
+from miles_train.megatron import cpu_shim, optimizer_order, resume_fixes, runtime
 from miles_train.megatron._environment import quietly
 from miles_train.megatron.arguments import parse_arguments
 from miles_train.megatron.checkpoint import Checkpoints
@@ -300,6 +300,7 @@ def _optimizer(
     made: Any = get_megatron_optimizer_config(args)  # annotated upstream as the first of the two alone
     config, overrides = made
     optimizer = get_megatron_optimizer(config, list(chunks), overrides, use_gloo_process_groups=False)
+    optimizer_order.number_as_stored(optimizer)
     resume_fixes.allocate_state(optimizer)
     warm_up = args.lr_warmup_iters
     scheduler = OptimizerParamScheduler(
