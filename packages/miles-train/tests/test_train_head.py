@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 
+from miles_train.megatron import head
 from miles_train.megatron.head import HeadOptions, head_logprobs
 
 VOCAB, PADDED, HIDDEN, ROWS = 50, 56, 8, 13
@@ -47,13 +48,21 @@ def test_values_and_gradients_are_those_of_torch(rows_at_once, temperature, entr
     assert (gradients[0][1][VOCAB:] == 0).all()
 
 
-def test_nothing_is_kept_without_gradients():
+def test_nothing_is_kept_without_gradients(monkeypatch):
     hidden, weight, targets, _ = problem()
+    sizes = []
+
+    def recorded(logits, *args):
+        sizes.append(len(logits))
+        return row_statistics(logits, *args)
+
+    row_statistics = head.row_statistics
+    monkeypatch.setattr(head, "row_statistics", recorded)
     with torch.no_grad():
         options = HeadOptions(VOCAB, chunk_bytes=4 * PADDED * 5)
-        torch.testing.assert_close(
-            head_logprobs(hidden, weight, targets, options), by_torch(hidden, weight, targets, 1)
-        )
+        ours = head_logprobs(hidden, weight, targets, options)
+    torch.testing.assert_close(ours, by_torch(hidden, weight, targets, 1.0))
+    assert sizes == [5, 5, 3]
 
 
 def test_bfloat16_is_summed_in_float32():

@@ -1,8 +1,23 @@
 """Packed rows give the logprobs, gradients and updates of padded ones; and the backend follows from the machine."""
 
+import families_hybrid
+import families_line
+import latent_models
 import numpy as np
 import pytest
 from train_tiny import make_model
+
+pytestmark = pytest.mark.xdist_group("train-megatron")
+HYBRID = {**families_hybrid.BASE, **families_hybrid.DENSE, **families_hybrid.EXPERTS, **families_hybrid.layers("lf")}
+LATENT = {**latent_models.BASE, "num_hidden_layers": 2, "first_k_dense_replace": 1}
+MIXTURE = {"head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+FAMILIES = {
+    "stretched rotary embedding": ("llama", {**families_line.BASE, **families_line.YARN}),
+    "experts": ("qwen3_moe", {**families_line.BASE, **MIXTURE}),
+    "latent attention": ("deepseek_v3", {**LATENT, "rope_parameters": latent_models.YARN}),
+    "gated DeltaNet": ("qwen3_next", HYBRID),
+    "sparse attention": ("deepseek_v32", {**LATENT, **latent_models.INDEXER, "num_experts": 8}),
+}
 
 
 @pytest.fixture(scope="module")
@@ -25,6 +40,13 @@ def assert_same(packed, padded):
 def test_packed_is_padded(ranks, model, settings, world_size):
     for packed, padded in ranks.run("in_rank_packing.packed_and_padded", model, settings, world_size=world_size):
         assert_same(packed, padded)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_kind_of_layer_keeps_samples_apart(ranks, tmp_path, name):
+    ranks.run_one("in_rank_reference.make_reference_model", tmp_path / "model", *FAMILIES[name])
+    assert_same(*ranks.run_one("in_rank_packing.packed_and_padded", tmp_path / "model", {"lr": 1e-4}))
 
 
 def test_packing_is_decided_once(ranks, model):

@@ -6,7 +6,7 @@ Softmax, logprob and entropy are computed in float32 (on a GPU in one pass over 
 gradient). The vocabulary may be divided over tensor-parallel ranks.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -48,6 +48,8 @@ def head_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, options: Head
     Returns:
         float32 [M] each.
     """
+    if not torch.is_grad_enabled():  # which a Function cannot see from inside
+        options = replace(options, max_kept_bytes=0)
     return _Head.apply(hidden, weight, targets, options)
 
 
