@@ -9,6 +9,7 @@ from in_rank_trainer import make_trainer
 from torch import distributed
 from train_tiny import batch_of
 
+from miles_core.errors import InputError
 from miles_train.errors import CheckpointError
 from miles_train.model_dir import open_model_directory
 
@@ -50,10 +51,10 @@ def train_and_save(address, path, settings, folder):
     trainer.close()
 
 
-def load_and_save(address, path, settings, folder, loaded, saved):
+def load_and_save(address, path, settings, folder, loaded, saved, state=None):
     """Load a checkpoint of another layout, export it and save it again."""
     trainer = make_trainer(address, path, settings)
-    assert trainer.load(folder / loaded) == {"step": 2}
+    assert trainer.load(folder / loaded) == (state or {"step": 2})
     trainer.export(folder / f"hf-{saved}")
     trainer.save(folder / saved, {"step": 2}, asynchronous=True)
     trainer.close()
@@ -135,3 +136,20 @@ def save_to_a_full_disk(address, path, folder):
     trainer.save(folder / "room", {"step": 1})
     trainer.close()
     return errors
+
+
+def decode(weight, scale):
+    """FP8 of blocks of 16 x 32 to numbers."""
+    factors = scale.repeat_interleave(16, 0)[: len(weight)].repeat_interleave(32, 1)[:, : weight.shape[1]]
+    return weight.float() * factors
+
+
+def export_fp8(address, path, settings, folder):
+    """Export what was decoded; the error of a trainer without a decoder."""
+    trainer = make_trainer(address, path, settings, decode=decode)
+    trainer.export(folder)
+    trainer.close()
+    try:
+        make_trainer(address, path, settings)
+    except InputError as error:
+        return str(error)

@@ -1,18 +1,24 @@
 """Directories and checkpoints go through every layout of ranks bit for bit, and survive what goes wrong."""
 
+import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import in_rank_files
 import pytest
 import torch
 import train_tiny
+from safetensors.torch import save_file
 
+from miles_core.errors import InputError
 from miles_train.checkpoint_header import read_header
 from miles_train.model_dir import open_model_directory
 
+HERE = Path(__file__).parent
 TENSOR = {"tensor_model_parallel_size": 2}
 PIPELINE = {"pipeline_model_parallel_size": 2}
 VIRTUAL = {**PIPELINE, "num_virtual_stages_per_pipeline_rank": 2}
@@ -59,9 +65,7 @@ def assert_equal(path, expected):
 def test_import_and_export_return_every_bit(ranks, tmp_path, layout):
     changes, settings, world_size = LAYOUTS[layout]
     train_tiny.make_model(tmp_path / "model", **changes)
-    ranks.run(
-        "in_rank_files.round_trip", tmp_path / "model", settings, tmp_path / "hf", world_size=world_size
-    )
+    ranks.run("in_rank_files.round_trip", tmp_path / "model", settings, tmp_path / "hf", world_size=world_size)
     assert_equal(tmp_path / "hf", tmp_path / "model")
     assert (tmp_path / "hf" / "tokenizer.json").exists()
     assert len(list((tmp_path / "hf").glob("model-*.safetensors"))) >= world_size
@@ -96,3 +100,86 @@ def test_a_save_holds_its_moment_while_training_goes_on(ranks, tmp_path):
     assert sorted(path.name for path in tmp_path.glob("step-*")) == ["step-1", "step-2"]
     assert read_header(tmp_path).state == {"step": 2}
     assert not list(tmp_path.glob(".partial*"))
+
+
+def test_killed_while_saving_the_older_checkpoint_stays(ranks, tmp_path):
+    train_tiny.make_model(tmp_path / "model")
+    code = f"""
+import sys
+from pathlib import Path
+sys.path.insert(0, {str(HERE)!r})
+import in_rank_files
+folder = Path({str(tmp_path)!r})
+in_rank_files.die_while_saving((0, 1, "127.0.0.1", iter([0])), folder / "model", folder)
+"""
+    done = subprocess.run([sys.executable, "-c", code], env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert read_header(tmp_path).state == {"step": 0}
+    assert sorted(os.listdir(tmp_path)) == [".partial-b", "a", "latest", "model"]
+    # The next run goes on from it, and writes what was being written again.
+    ranks.run("in_rank_files.load_and_save", tmp_path / "model", {}, tmp_path, "a", "b", {"step": 0})
+    assert sorted(os.listdir(tmp_path)) == ["a", "b", "hf-b", "latest", "model"]
+    assert read_header(tmp_path).state == {"step": 2}
+
+
+@pytest.fixture
+def full_disk(tmp_path):
+    """A folder of a disk that has room for a few pages alone."""
+    folder = tmp_path / "full"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", folder], check=False)
+    if mounted.returncode:
+        pytest.skip("a disk of a few pages needs the right to mount one")
+    yield folder
+    subprocess.run(["umount", "-l", folder], check=True)
+
+
+def test_a_full_disk_is_an_error_on_every_rank_and_leaves_nothing(ranks, tmp_path, full_disk):
+    train_tiny.make_model(tmp_path / "model", hidden_size=64)
+    for errors in ranks.run("in_rank_files.save_to_a_full_disk", tmp_path / "model", tmp_path, world_size=2):
+        assert len(errors) == 3
+        assert all("could not be written" in error and "No space left" in error for error in errors), errors
+    assert not [name for name in os.listdir(full_disk) if not name.startswith(".partial")]
+    assert read_header(tmp_path).state == {"step": 1}
+
+
+def fp8_of(path, folder):
+    """A copy of a model whose projections are FP8 in blocks of 16 x 32, and what they stand for."""
+    shutil.copytree(path, folder)
+    config = json.loads((path / "config.json").read_text())
+    quantization = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [16, 32]}
+    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": quantization}))
+    stored, meant = {}, {}
+    for name, tensor in tensors_of(path).items():
+        meant[name] = stored[name] = tensor
+        if "_proj" in name:
+            rows, columns = tensor.shape
+            scale = torch.rand(-(-rows // 16), -(-columns // 32)) + 0.5
+            stored[name] = (tensor * 8).to(torch.float8_e4m3fn)
+            stored[name + "_scale_inv"] = scale
+            meant[name] = in_rank_files.decode(stored[name], scale)
+    save_file(stored, folder / "model.safetensors")
+    return meant
+
+
+@pytest.mark.parametrize("settings", [{}, TENSOR])
+def test_fp8_weights_are_decoded_block_by_block(ranks, tmp_path, settings):
+    # The down projection of a rank begins in the middle of a block: 40 of 80 columns.
+    train_tiny.make_model(tmp_path / "model", intermediate_size=80)
+    meant = fp8_of(tmp_path / "model", tmp_path / "fp8")
+    size = 2 if settings else 1
+    messages = ranks.run("in_rank_files.export_fp8", tmp_path / "fp8", settings, tmp_path / "hf", world_size=size)
+    assert all("need a decoder" in message for message in messages)
+    ours = tensors_of(tmp_path / "hf")
+    assert ours.keys() == meant.keys()
+    assert all(torch.equal(ours[name], tensor) for name, tensor in meant.items())
+    assert "quantization_config" not in json.loads((tmp_path / "hf" / "config.json").read_text())
+
+
+@pytest.mark.parametrize("found", [{"quant_method": "gptq", "bits": 4}, {"quant_method": "fp8"}, "fp8"])
+def test_other_quantisations_are_one_clear_error(tmp_path, found):
+    train_tiny.make_model(tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    (tmp_path / "model" / "config.json").write_text(json.dumps({**config, "quantization_config": found}))
+    with pytest.raises(InputError, match=r"quantization_config.*Take the unquantised model"):
+        open_model_directory(tmp_path / "model")

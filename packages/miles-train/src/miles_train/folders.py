@@ -33,6 +33,11 @@ def partial_name(target: Path) -> Path:
     return target.with_name(_PARTIAL + target.name)
 
 
+def discard(target: Path) -> None:
+    """Give up what was written since `begin`: a failed attempt should not keep a disk full."""
+    shutil.rmtree(partial_name(target), ignore_errors=True)
+
+
 def publish(target: Path) -> None:
     """Bring what was written since `begin` to the disk, then give it its name; what had that name goes."""
     partial = partial_name(target)

@@ -76,7 +76,11 @@ class ShardFile:
         self._digests: dict[str, int] = {}
         self._header = _header(entries)
         self._stream = path.open("wb", buffering=0)
-        _write_all(self._stream.fileno(), memoryview(self._header))
+        try:
+            _write_all(self._stream.fileno(), memoryview(self._header))
+        except BaseException:
+            self._stream.close()
+            raise
 
     def __enter__(self) -> Self:
         """Itself."""

@@ -1,10 +1,28 @@
-"""Work beside the training loop: one thread on each rank, and what became of it on all of them."""
+"""Work of every rank that fails on all if it fails on one: at once, or in a thread beside the training loop."""
 
 import enum
 import threading
 from collections.abc import Callable
 
 from torch import distributed
+
+
+def run_on_all(action: Callable[[], object], errors: tuple[type[Exception], ...] = (OSError,)) -> None:
+    """Run `action` on every rank; collective.
+
+    Raises:
+        OSError: on every rank, where one of `errors` was raised on some; says which and what.
+    """
+    reason = None
+    try:
+        action()
+    except errors as error:
+        reason = str(error)
+    reasons: list[str | None] = [None] * distributed.get_world_size()
+    distributed.all_gather_object(reasons, reason)
+    failed = [f"rank {rank}: {reason}" for rank, reason in enumerate(reasons) if reason is not None]
+    if failed:
+        raise OSError("; ".join(failed[:4]))
 
 
 class Outcome(enum.IntEnum):

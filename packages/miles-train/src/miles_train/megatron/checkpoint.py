@@ -23,8 +23,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 from miles_train import folders
 from miles_train.checkpoint_header import MARKER, read_header, write_header
 from miles_train.errors import CheckpointError
-from miles_train.megatron import cpu_shim, resume_fixes, runtime
-from miles_train.megatron.background import Background, Outcome, outcome_of_all
+from miles_train.megatron import cpu_shim, resume_fixes
+from miles_train.megatron.background import Background, Outcome, outcome_of_all, run_on_all
 from miles_train.megatron.upstream import (
     MEGATRON_VERSION,
     CheckpointingException,
@@ -80,7 +80,7 @@ class Checkpoints:
         self.wait()
         self._save = _Save(path, keep)
         try:
-            runtime.on_rank_0(lambda: self._begin(path, state))
+            run_on_all(lambda: self._begin(path, state))
             resume_fixes.write_without_manager()
             with cpu_shim.active():
                 request: Any = dist_checkpointing.save(
@@ -91,8 +91,7 @@ class Checkpoints:
                 )
                 self._save.start(request, copy=asynchronous)
         except _ERRORS as error:
-            self._save = None
-            raise _not_written(path, _reason(error)) from error
+            raise self._given_up(path, error) from error
         except BaseException:
             self._save = None
             raise
@@ -121,12 +120,20 @@ class Checkpoints:
                 with cpu_shim.active():
                     went_on = save.advance(wait)
             except _ERRORS as error:
-                self._save = None
-                raise _not_written(save.path, _reason(error)) from error
+                raise self._given_up(save.path, error) from error
             if not went_on:
                 return
             if save.is_complete:
                 self._save = None
+
+    def _given_up(self, path: Path, error: BaseException) -> CheckpointError:
+        self._save = None
+        if distributed.get_rank() == 0:
+            folders.discard(path)
+        return CheckpointError(
+            f"checkpoint {path} could not be written: {_reason(error)}. The folder must be new, its disk writable and "
+            "have room. The checkpoints before it are untouched."
+        )
 
     def load(self, path: Path) -> dict[str, Any]:
         """Read a checkpoint back, written by any layout of ranks.
@@ -172,6 +179,8 @@ class Checkpoints:
         resume_fixes.separate_steps(self._optimizer)
 
     def _begin(self, path: Path, state: Mapping[str, Any]) -> None:
+        if distributed.get_rank() != 0:
+            return
         # A crash after `publish` and before `point_to` leaves a folder that a resumed run will write again.
         partial = folders.begin(path, replaces=lambda target: not folders.is_latest(target))
         (partial / _DATA).mkdir()
@@ -226,14 +235,15 @@ class _Save:
         self._finalize = list(request.finalize_fns)
         if request.async_fn is None:
             return  # this rank has nothing to write
-        args = list(request.async_fn_args)
+        _, buckets, results = request.async_fn_args
         if request.preload_fn is not None:
-            args[1] = request.preload_fn()
+            buckets = request.preload_fn()
         if copy:
-            for _, _, (_, tensors) in args[1]:
+            for _, _, (_, tensors) in buckets:
                 for index, (item, tensor) in enumerate(tensors):
                     tensors[index] = item, tensor.clone()
-        self._work = Background(lambda: request.async_fn(*args, **request.async_fn_kwargs))
+        transforms = request.async_fn.args[0]
+        self._work = Background(lambda: results.put(resume_fixes.write_buckets(transforms, buckets)))
 
     def advance(self, wait: bool) -> bool:
         """Go on to what comes next; False if it is too early for that."""
@@ -258,13 +268,6 @@ class _Save:
         folders.point_to(self.path)
         if self._keep is not None:
             folders.keep_newest(self.path, self._keep, MARKER)
-
-
-def _not_written(path: Path, reason: str) -> CheckpointError:
-    return CheckpointError(
-        f"checkpoint {path} could not be written: {reason}. The folder must be new, its disk writable and have room. "
-        "The checkpoints before it are untouched."
-    )
 
 
 def _reason(error: BaseException) -> str:

@@ -1,6 +1,6 @@
 """Writes a Hugging Face directory from the trainer's ranks: streamed, read back, and only then given its name."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -9,6 +9,7 @@ from torch import Tensor, distributed
 from miles_train import folders
 from miles_train.errors import CheckpointError
 from miles_train.export import MAX_SHARD_BYTES, is_model_directory, write_rest
+from miles_train.megatron.background import run_on_all
 from miles_train.megatron.weights.load import Source
 from miles_train.megatron.weights.pieces import LocalParts
 from miles_train.megatron.weights.share import Share
@@ -56,16 +57,30 @@ def export(
     narrowed = _dtypes(source.directory, table, placed, share, tensors)
     work = divide([*placed, *outside], narrowed, distributed.get_world_size(), max_shard_bytes)
     partial = folders.partial_name(path)
-    _all_or_none(path, _on_rank_0(lambda: folders.begin(path, replaces=is_model_directory)))
     parts = LocalParts(share, tensors)
-    _all_or_none(path, lambda: write(partial, work, parts, _FromFile(source), group))
+    is_first = distributed.get_rank() == 0
+
+    def begin() -> None:
+        if is_first:
+            folders.begin(path, replaces=is_model_directory)
 
     def finish() -> None:
-        trained = {narrowed.get(tensor.name, tensor.dtype) for tensor in placed}
-        write_rest(partial, source.directory, work.file_of, work.nbytes, trained)
-        folders.publish(path)
+        if is_first:
+            trained = {narrowed.get(tensor.name, tensor.dtype) for tensor in placed}
+            write_rest(partial, source.directory, work.file_of, work.nbytes, trained)
+            folders.publish(path)
 
-    _all_or_none(path, _on_rank_0(finish))
+    try:
+        run_on_all(begin)
+        run_on_all(lambda: write(partial, work, parts, _FromFile(source), group), (OSError, CheckpointError))
+        run_on_all(finish)
+    except OSError as error:
+        if is_first:
+            folders.discard(path)
+        raise CheckpointError(
+            f"export {path} could not be written: {error}. The directory must be new or hold an older export, and its "
+            "disk be writable and have room."
+        ) from None
 
 
 class _FromFile(Mapping[str, Tensor]):
@@ -131,24 +146,3 @@ def _dtypes(
     distributed.all_gather_object(everyone, loses)
     lost = set().union(*everyone)
     return {name: dtype for name, dtype in candidates.items() if name not in lost}
-
-
-def _on_rank_0(action: Callable[[], object]) -> Callable[[], object]:
-    return action if distributed.get_rank() == 0 else lambda: None
-
-
-def _all_or_none(path: Path, action: Callable[[], object]) -> None:
-    """Run `action` on every rank; if it fails on one, all raise."""
-    reason = None
-    try:
-        action()
-    except (OSError, CheckpointError) as error:
-        reason = str(error)
-    reasons: list[str | None] = [None] * distributed.get_world_size()
-    distributed.all_gather_object(reasons, reason)
-    failed = [f"rank {rank}: {reason}" for rank, reason in enumerate(reasons) if reason is not None]
-    if failed:
-        raise CheckpointError(
-            f"export {path} could not be written: {'; '.join(failed[:4])}. The directory must be new or hold an older "
-            "export, and its disk be writable and have room."
-        )

@@ -10,11 +10,12 @@ of `DistributedOptimizer` was written for optimizers that keep it in the group. 
 3. `separate_steps`: loading gives all parameters one `step` tensor, which AdamW then advances once per parameter.
    Without this fix nothing fails: the run resumes and computes other numbers.
 
-And a small one for saving: `write_without_manager`.
+And two for saving: `write_without_manager` and `write_buckets`.
 """
 
 import queue
-from collections.abc import Iterator
+import traceback
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import MethodType
 from typing import Any
@@ -77,6 +78,35 @@ def write_without_manager() -> None:
     an EOFError in every script whose main module is not guarded. A saver that waits for its own threads needs neither.
     """
     filesystem_async._results_queue = queue.Queue()
+
+
+def write_buckets(transforms: list[Any], buckets: Sequence[Any]) -> dict[int, list[Any]]:
+    """Write what a save planned, in this thread, as `write_preloaded_data_multithread` does.
+
+    That function keeps an error in a cycle with the frames it came through, and one of them holds a view of a BytesIO:
+    on a full disk Python 3.12.1 dies of collecting it (https://github.com/python/cpython/issues/111049).
+
+    Args:
+        transforms: of the writer.
+        buckets: of the writer, staged in the host's memory.
+
+    Returns:
+        What was written, by bucket.
+
+    Raises:
+        OSError: a file could not be written.
+    """
+    written: dict[int, list[Any]] = {}
+    for number, bucket in enumerate(buckets):
+        made: Any = filesystem_async.FileSystemWriterAsync.write_preloaded_data(
+            transforms, number, bucket, results_queue=None, count_queue=None, use_fsync=True
+        )
+        outcome = made[1]
+        if isinstance(outcome, Exception):
+            traceback.clear_frames(outcome.__traceback__)
+            raise OSError(f"{bucket[1]}: {outcome}")
+        written[number] = outcome
+    return written
 
 
 def distributed_parts(optimizer: MegatronOptimizer) -> list[DistributedOptimizer]:
