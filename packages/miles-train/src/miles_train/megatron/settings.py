@@ -252,6 +252,9 @@ def _check_together(values: Mapping[str, Any]) -> None:
     if "num_virtual_stages_per_pipeline_rank" in values:
         key = "num_layers_per_virtual_pipeline_stage"
         _inert(values, key, "num_virtual_stages_per_pipeline_rank says the same", "Set one of the two.")
+    if "mtp_loss_scaling_factor" not in values:
+        rule = "layers for multi-token prediction are trained only with mtp_loss_scaling_factor"
+        _inert(values, "mtp_detach_heads", rule, "Set mtp_loss_scaling_factor.")
     if "decoupled_lr" not in values:
         _inert(values, "decoupled_min_lr", "there is no decoupled_lr", "Set decoupled_lr.")
 

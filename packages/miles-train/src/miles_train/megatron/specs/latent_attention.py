@@ -140,7 +140,7 @@ class LatentAttention(MultiLatentAttention):
         kv_head = config.qk_head_dim + config.v_head_dim
         self.linear_kv_up_proj = up(submodules.linear_kv_up_proj, config.kv_lora_rank, kv_head)
 
-    def get_query_key_value_tensors(
+    def get_query_key_value_tensors(  # pyright: ignore[reportIncompatibleMethodOverride]  # latent attention's own
         self,
         hidden_states: Tensor,
         key_value_states: Tensor | None = None,

@@ -49,7 +49,7 @@ class PredictsMore(GPTModel):
     there are none.
     """
 
-    def _postprocess(
+    def _postprocess(  # pyright: ignore[reportIncompatibleMethodOverride]  # called by name, with what it ignores
         self,
         hidden_states: Tensor,
         input_ids: Tensor,
@@ -71,7 +71,7 @@ class PredictsMore(GPTModel):
                 packed_seq_params=packed_seq_params,
                 embedding=self.embedding,
             )
-            more = everything.chunk(1 + self.config.mtp_num_layers)[1:]
+            more = everything.chunk(1 + len(self.mtp.layers))[1:]
         shared = self.share_embeddings_and_output_weights
         weight = self.shared_embedding_or_output_weight() if shared else None
         if output_processor is None:

@@ -7,7 +7,8 @@ from collections.abc import Collection
 
 from miles_core.errors import InputError
 from miles_train.megatron.latent_config import LatentConfig
-from miles_train.megatron.weights._moe import MoENames, gated_mlp_rows, moe_rows
+from miles_train.megatron.weights._dense import gated_mlp_rows
+from miles_train.megatron.weights._moe import MoENames, moe_rows
 from miles_train.megatron.weights.table import Row, WeightTable
 
 _LAYER = "model.layers.{layer}."
