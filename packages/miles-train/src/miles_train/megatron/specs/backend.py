@@ -75,7 +75,9 @@ def settle(model: nn.Module, transformer: TransformerConfig) -> None:
 
     - Its linears add a weight's gradient to the float32 buffer within the product that computes it. Megatron's switch
       for that, `gradient_accumulation_fusion`, cannot be used: the output layer, which is Megatron's own, then refuses
-      to be built without Apex.
+      to be built without Apex. They always add, also in a step's first micro-batch: a module that runs twice in it (a
+      layer that predicts several tokens) would otherwise overwrite, in the backward pass of its first run, what that
+      of its second had added.
     - Fused rotary embedding leaves out the factor on sine and cosine that YaRN and LongRoPE have, without a word
       (megatron/core/models/common/embeddings/rope_utils.py, 0.19.2): models with one do without the fusion.
 
@@ -88,6 +90,8 @@ def settle(model: nn.Module, transformer: TransformerConfig) -> None:
     for module in model.modules():
         if hasattr(module, "fuse_wgrad_accumulation"):
             module.fuse_wgrad_accumulation = True  # pyright: ignore[reportArgumentType]
+            # "First micro-batch" is then never said; it otherwise serves FP8 weights alone.
+            module.disable_parameter_transpose_cache = True  # pyright: ignore[reportArgumentType]
         if getattr(module, "_yarn_concentration_factor", 1.0) != 1.0 and transformer.apply_rope_fusion:
             _logger.info("rotary embedding is not fused: it has a factor on sine and cosine")
             transformer.apply_rope_fusion = False
