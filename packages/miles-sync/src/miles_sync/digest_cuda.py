@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
@@ -31,16 +32,14 @@ def sums(runs: Sequence[Run]) -> torch.Tensor:
 
 def tabulate(runs: Sequence[Run]) -> torch.Tensor:
     """The table of runs, int64 `[3, blocks]`, on the host."""
-    rows: list[tuple[int, int, int]] = []
+    columns = [np.empty((3, 0), dtype=np.int64)]
     for position, data in runs:
         address, nbytes = data.data_ptr(), data.numel()
         if address % 8 or position % 8:
             raise ValueError(f"a run at address {address}, position {position}: both must be multiples of 8")
-        rows += [
-            (address + first, min(nbytes - first, BLOCK_BYTES), (position + first) // 8)
-            for first in range(0, nbytes, BLOCK_BYTES)
-        ]
-    return torch.tensor(rows, dtype=torch.int64).reshape(-1, 3).T.contiguous()
+        first = np.arange(0, nbytes, BLOCK_BYTES, dtype=np.int64)
+        columns.append(np.stack([address + first, np.minimum(nbytes - first, BLOCK_BYTES), (position + first) // 8]))
+    return torch.from_numpy(np.ascontiguousarray(np.concatenate(columns, axis=1)))
 
 
 def launch(table: torch.Tensor) -> torch.Tensor:

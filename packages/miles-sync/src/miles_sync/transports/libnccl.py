@@ -46,6 +46,7 @@ class _Config(ctypes.Structure):
         ("maxCTAs", ctypes.c_int),
         ("netName", ctypes.c_char_p),
         ("splitShare", ctypes.c_int),
+        ("trafficClass", ctypes.c_int),  # where 2.18 has padding, newer libraries read this
     ]
 
 
@@ -125,9 +126,7 @@ class Communicator:
         self._patience_s = patience_s
         self.hear = hear
         self._handle: ctypes.c_void_p | None = ctypes.c_void_p()
-        config = _Config(
-            ctypes.sizeof(_Config), _MAGIC, _CONFIG_VERSION, 0, _UNDEFINED, _UNDEFINED, _UNDEFINED, None, _UNDEFINED
-        )
+        config = _Config(ctypes.sizeof(_Config), _MAGIC, _CONFIG_VERSION, 0, *[_UNDEFINED] * 3, None, *[_UNDEFINED] * 2)
         with torch.cuda.device(device):
             torch.cuda.current_stream().synchronize()  # makes the device's context this thread's
             try:

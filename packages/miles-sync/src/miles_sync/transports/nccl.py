@@ -16,7 +16,7 @@ from miles_sync.channel import Deadline
 from miles_sync.errors import TransportError
 from miles_sync.transports import Hear, Place, Stream, wait_until
 from miles_sync.transports.device import BUFFERS, Ring, Window
-from miles_sync.transports.libnccl import Communicator, unique_id, version
+from miles_sync.transports.libnccl import ID_BYTES, Communicator, unique_id, version
 
 _WARM_BYTES = 1 << 25  # long enough to connect every channel that a bucket will use
 
@@ -106,7 +106,7 @@ class NcclInlet:
             spec = msgspec.msgpack.decode(detail, type=_Detail)
         except msgspec.DecodeError as error:
             raise TransportError(f"NCCL: bad detail: {error}", stage="transfer") from error
-        if len(spec.unique) != len(unique_id()):
+        if len(spec.unique) != ID_BYTES:
             raise TransportError(f"NCCL: an id of {len(spec.unique)} bytes", stage="transfer")
         self.address = address
         self.device = device
