@@ -5,12 +5,12 @@ import pytest
 import torch
 from families_hybrid import BASE, COMMON, DENSE, EXPERTS, ROUTING, layers, rope
 from family_checks import LOGITS, assert_agrees, differences
-from layout_checks import assert_layouts_agree
-from safetensors.torch import load_file
+from layout_checks import CP2, EP2, PP2, TP2, assert_layouts_agree
 
 from miles_core.errors import InputError
 from miles_train.megatron.layout import check_layout
 from miles_train.megatron.weights import qwen3_5
+from miles_train.model_dir import open_model_directory
 
 pytestmark = pytest.mark.xdist_group("train-megatron")
 TEXT = {"qwen3_5_text": {**BASE, **DENSE}, "qwen3_5_moe_text": {**BASE, **EXPERTS}}
@@ -68,6 +68,12 @@ def with_vision(ranks, path, model_type, like_the_hub, **values):
     ranks.run_one("in_rank_hybrid.make_with_vision", path, model_type, text, like_the_hub)
 
 
+def stored_weights(path):
+    directory = open_model_directory(path)
+    with directory.reader() as read:
+        return {name: read(name) for name in directory.tensors}
+
+
 VISIONS = {
     "dense, tied": ("qwen3_5", False, {"tie_word_embeddings": True}),
     "dense, of the hub": ("qwen3_5", True, {}),
@@ -80,7 +86,7 @@ def check_vision(ranks, tmp_path, model_type, like_the_hub, values):
     assert differences(ranks.run_one("in_rank_reference.compare_with_transformers", tmp_path / "hf")) == []
     ours, theirs = ranks.run_one("in_rank_hybrid.logits_of_the_whole", tmp_path / "hf", tmp_path / "out")
     assert np.abs(ours - theirs).max() <= LOGITS * np.abs(theirs).max()
-    before, after = (load_file(path / "model.safetensors") for path in (tmp_path / "hf", tmp_path / "out"))
+    before, after = stored_weights(tmp_path / "hf"), stored_weights(tmp_path / "out")
     assert set(before) == set(after) and any(name.startswith("model.visual.") for name in before)
     assert all(torch.equal(before[name], after[name]) for name in before)
 
@@ -107,7 +113,7 @@ def test_decays_stay_in_float32_beside_a_model_in_bfloat16(ranks, tmp_path):
     ranks.run_one("in_rank_reference.make_reference_model", tmp_path / "hf", "qwen3_5_moe_text", values)
     before, after, logprobs, wide = ranks.run_one("in_rank_hybrid.train_in_bfloat16", tmp_path / "hf")
     names = [f"model.layers.{layer}.linear_attn.{name}" for layer in (0, 2) for name in ("A_log", "dt_bias")]
-    stored = load_file(tmp_path / "hf" / "model.safetensors")
+    stored = stored_weights(tmp_path / "hf")
     assert sorted(before) == sorted(after) == sorted(names)
     for name in names:
         assert torch.equal(before[name], stored[name])
@@ -139,6 +145,42 @@ def test_ranks_of_a_layout_compute_what_one_does(ranks, tmp_path):
 @pytest.mark.parametrize("model_type", TEXT)
 def test_ranks_of_more_layouts_compute_what_one_does(ranks, tmp_path, model_type):
     check_layouts(ranks, tmp_path, model_type, *LONG_LAYOUTS[model_type])
+
+
+CHAINS = {
+    "qwen3_5_text": [({}, 1), (TP2, 2), (PP2, 2), ({**TP2, **PP2}, 4), (CP2, 2)],
+    "qwen3_5_moe_text": [(EP2, 2), ({}, 1), ({**TP2, **EP2}, 4), (PP2, 2)],
+}
+
+
+def check_chain(ranks, tmp_path, model_type, chain):
+    """A checkpoint goes through the layouts of a chain and back to the first one, bit for bit."""
+    (first, world_size), *others = chain
+    model = tmp_path / "model"
+    ranks.run_one("in_rank_reference.make_reference_model", model, model_type, {**TEXT[model_type], **DIVISIBLE})
+    ranks.run("in_rank_files.train_and_save", model, first, tmp_path, world_size=world_size)
+    loaded = "saved"
+    for number, (layout, size) in enumerate(others):
+        saved = f"again-{number}"
+        ranks.run("in_rank_files.load_and_save", model, layout, tmp_path, loaded, saved, world_size=size)
+        ours, theirs = stored_weights(tmp_path / f"hf-{saved}"), stored_weights(tmp_path / "trained")
+        assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in theirs)
+        loaded = saved
+    ranks.run("in_rank_files.compare", model, first, tmp_path, loaded, world_size=world_size)
+
+
+BFLOAT16 = {"bf16": True}
+
+
+def test_a_checkpoint_of_mixed_dtypes_keeps_every_parameters_state(ranks, tmp_path):
+    check_chain(ranks, tmp_path, "qwen3_5_text", [(BFLOAT16, 1), ({**TP2, **BFLOAT16}, 2)])
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("precision", [{}, BFLOAT16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("model_type", CHAINS)
+def test_a_hybrid_checkpoint_goes_through_layouts_bit_for_bit(ranks, tmp_path, model_type, precision):
+    check_chain(ranks, tmp_path, model_type, [({**layout, **precision}, size) for layout, size in CHAINS[model_type]])
 
 
 def test_heads_that_ranks_cannot_share_are_refused():
