@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from miles_core import Batch, Group, HookSpec, InputError, Prompt, Recipe
 from miles_core.cluster.actors import Member
 from miles_core.hooks import SampleFilter, load_hook, load_object
+from miles_launch.loading import decode_fp8, loading_bar
 from miles_launch.prepare import TRAINER_HOOKS
 
 if TYPE_CHECKING:
@@ -168,17 +169,20 @@ class TrainerActor:
             for name, spec in specs.items()
             if spec is not None
         }
-        self._trainer = MegatronTrainer(
-            model_path,
-            recipe.train.megatron,
-            _build_loss(loss),
-            address=Address(rank, recipe.train.num_ranks, master_port=master_port),
-            seed=recipe.seed,
-            micro_batch_tokens=recipe.train.micro_batch_tokens,
-            temperature=recipe.rollout.temperature,
-            deterministic=recipe.deterministic,
-            hooks=Hooks(**loaded),
-        )
+        with loading_bar(rank) as progress:
+            self._trainer = MegatronTrainer(
+                model_path,
+                recipe.train.megatron,
+                _build_loss(loss),
+                address=Address(rank, recipe.train.num_ranks, master_port=master_port),
+                seed=recipe.seed,
+                micro_batch_tokens=recipe.train.micro_batch_tokens,
+                temperature=recipe.rollout.temperature,
+                deterministic=recipe.deterministic,
+                hooks=Hooks(**loaded),
+                decode=decode_fp8,
+                progress=progress,
+            )
         if resume_from is not None:
             self._trainer.load(resume_from)
         self._sync: WeightSync | None = None
