@@ -137,7 +137,7 @@ def server(config: dict[str, Any], *extra: str, weights: dict[str, torch.Tensor]
         *(sys.executable, "-m", "sglang.launch_server", "--model-path", str(folder), "--port", str(port)),
         *("--load-format", "dummy" if weights is None else "safetensors", "--skip-tokenizer-init"),
         *("--base-gpu-id", "1", "--mem-fraction-static", "0.5", "--custom-weight-loader", LOADER),
-        *("--cuda-graph-max-bs", str(REQUESTS), "--cuda-graph-backend-prefill", "disabled"),  # 75 s of a start
+        *("--cuda-graph-max-bs-decode", str(REQUESTS), "--cuda-graph-backend-prefill", "disabled"),  # 75 s of a start
         *("--log-level", "warning", *extra),
     ]
     log = folder / "server.log"
