@@ -51,7 +51,7 @@ def assert_layouts_agree(ranks, path, *names, settings=None, first_takes_all=Fal
     Args:
         ranks: the fixture.
         path: a model directory whose vocabulary holds that of `train_tiny`.
-        names: of LAYOUTS.
+        names: of LAYOUTS; or ranks and settings of another one.
         settings: of the trainer, in all of them.
         first_takes_all: leave all shards but the first empty.
         packed: samples end to end in one row; not on the single rank.
@@ -61,11 +61,11 @@ def assert_layouts_agree(ranks, path, *names, settings=None, first_takes_all=Fal
     before = stored_weights(path)
     found = {}
     for name in names:
-        world_size, layout = LAYOUTS[name]
+        world_size, layout = LAYOUTS[name] if isinstance(name, str) else name
         arguments = path, {**settings, **layout}, first_takes_all, packed
         results = ranks.run("in_rank_layouts.run", *arguments, world_size=world_size)
-        found[name] = differences(results, alone, before, first_takes_all)
-    assert found == {name: [] for name in names}, json.dumps(found, indent=1)
+        found[str(name)] = differences(results, alone, before, first_takes_all)
+    assert not any(found.values()), json.dumps(found, indent=1)
 
 
 def differences(results, alone, before, first_takes_all=False):

@@ -70,6 +70,22 @@ def test_every_layout_of_a_dense_model_of_odd_sizes(name, ranks, tmp_path):
     assert_layouts_agree(ranks, tmp_path / "odd", name)
 
 
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("num_layers", "world_size", "stages"),
+    [
+        (5, 2, {"pipeline_model_parallel_layout": "Et|tt|t|tL"}),
+        (5, 2, {"pipeline_model_parallel_layout": "Et|t*4L"}),
+        (6, 2, {"num_virtual_stages_per_pipeline_rank": 2, "decoder_last_pipeline_num_layers": 2}),
+        (8, 4, {"num_virtual_stages_per_pipeline_rank": 2}),
+    ],
+)
+def test_stages_of_any_size(num_layers, world_size, stages, ranks, tmp_path):
+    train_tiny.make_model(tmp_path / "tiny", **{**DENSE, "num_hidden_layers": num_layers})
+    layout = world_size, {"pipeline_model_parallel_size": world_size, **stages}
+    assert_layouts_agree(ranks, tmp_path / "tiny", layout)
+
+
 # --- what else a step must withstand
 
 
