@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from dataclasses import replace
 
 import torch
 from in_rank_trainer import make_trainer
@@ -11,6 +12,7 @@ from train_tiny import batch_of
 
 from miles_core.errors import InputError
 from miles_train.errors import CheckpointError
+from miles_train.megatron.weights import TABLES
 from miles_train.model_dir import open_model_directory
 
 _kept = {}
@@ -153,3 +155,23 @@ def export_fp8(address, path, settings, folder):
         make_trainer(address, path, settings)
     except InputError as error:
         return str(error)
+
+
+def round_trip_beside(address, path, settings, folder):
+    """Export a model with marked rows and tensors that the trainer does not hold, before and after an update."""
+    make = TABLES["Qwen3ForCausalLM"]
+
+    def table(config, stored=()):
+        plain = make(config, stored)
+        rows = [replace(row, fp32=row.hf == ("model.norm.weight",)) for row in plain.rows]
+        return replace(plain, rows=tuple(rows), outside=("visual.*",))
+
+    TABLES["Qwen3ForCausalLM"] = table
+    try:
+        trainer = make_trainer(address, path, {**settings, "bf16": True})
+        trainer.export(folder / "before", max_shard_bytes=20_000)
+        trainer.step([batch_of().take(range(trainer.shard, 12, trainer.num_shards))])
+        trainer.export(folder / "after", max_shard_bytes=20_000)
+        trainer.close()
+    finally:
+        TABLES["Qwen3ForCausalLM"] = make

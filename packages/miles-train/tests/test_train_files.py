@@ -183,3 +183,21 @@ def test_other_quantisations_are_one_clear_error(tmp_path, found):
     (tmp_path / "model" / "config.json").write_text(json.dumps({**config, "quantization_config": found}))
     with pytest.raises(InputError, match=r"quantization_config.*Take the unquantised model"):
         open_model_directory(tmp_path / "model")
+
+
+@pytest.mark.parametrize("settings", [TENSOR])
+def test_what_the_trainer_does_not_hold_passes_through_and_what_stays_float32_does(ranks, tmp_path, settings):
+    train_tiny.make_model(tmp_path / "model")
+    stored = {name: tensor.bfloat16() for name, tensor in tensors_of(tmp_path / "model").items()}
+    stored["visual.blocks.0.weight"] = torch.randn(7, 5, 3)
+    stored["visual.index"] = torch.arange(9)
+    save_file(stored, tmp_path / "model" / "model.safetensors")
+    ranks.run("in_rank_files.round_trip_beside", tmp_path / "model", settings, tmp_path, world_size=2)
+    assert_equal(tmp_path / "before", tmp_path / "model")
+    after = tensors_of(tmp_path / "after")
+    for name in ("visual.blocks.0.weight", "visual.index"):
+        assert torch.equal(after[name], stored[name])
+    # The marked norm moved by less than bfloat16 resolves, so it is written as it is.
+    assert after["model.norm.weight"].dtype == torch.float32
+    assert after["model.layers.0.input_layernorm.weight"].dtype == torch.bfloat16
+    assert json.loads((tmp_path / "after" / "config.json").read_text())["dtype"] == "bfloat16"
