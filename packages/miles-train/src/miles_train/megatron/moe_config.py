@@ -83,11 +83,18 @@ class MoEDecoder:
         dense: everything but the experts.
         moe: the experts; None where no layer has any.
         layers: which layers have them.
+        num_more_layers: layers stored behind the decoder's, for multi-token prediction.
     """
 
     dense: DenseConfig
     moe: MoEConfig | None
     layers: tuple[int, ...]
+    num_more_layers: int = 0
+
+    @property
+    def more_layers(self) -> tuple[int, ...]:
+        """Numbers of the layers for multi-token prediction, as stored."""
+        return tuple(range(self.dense.num_layers, self.dense.num_layers + self.num_more_layers))
 
     @property
     def dense_layers(self) -> tuple[int, ...]:

@@ -40,6 +40,7 @@ SPECS: Mapping[str, Spec] = {
 }
 _WITH_MORE: Mapping[str, Spec] = {
     "DeepseekV3ForCausalLM": deepseek.WITH_MORE,
+    "Glm4MoeForCausalLM": glm4_moe.WITH_MORE,
     "Glm4MoeLiteForCausalLM": glm4_moe_lite.WITH_MORE,
     "KimiK25ForConditionalGeneration": deepseek.WITH_MORE,
 }

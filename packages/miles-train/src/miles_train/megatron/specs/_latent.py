@@ -60,16 +60,9 @@ def more_arguments(config: LatentConfig) -> dict[str, Any]:
 
 
 def more_layers(config: LatentConfig, transformer: TransformerConfig, backend: BackendSpecProvider) -> ModuleSpec:
-    """The block of layers for multi-token prediction, each as the decoder's last one.
-
-    Raises:
-        InputError: a layout in which their embedding would lie on another rank, or tokens ahead would.
-    """
-    for key in ("pipeline_model_parallel_size", "context_parallel_size"):
-        if getattr(transformer, key) > 1:
-            raise _layout_error(key, getattr(transformer, key), "must be 1 where mtp_loss_scaling_factor is set")
+    """The block of layers for multi-token prediction, each as the decoder's last one."""
     last = latent_layers(config, transformer, backend)[-1]
-    return more_tokens_block([last] * config.num_extra_layers, backend)
+    return more_tokens_block([last] * config.num_extra_layers, transformer, backend)
 
 
 def latent_layers(

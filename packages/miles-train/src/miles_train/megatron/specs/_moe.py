@@ -24,6 +24,7 @@ from miles_train.megatron.moe_config import MoEConfig, MoEDecoder
 from miles_train.megatron.specs._dense import dense_arguments, gqa_attention
 from miles_train.megatron.specs.backend import BackendSpecProvider
 from miles_train.megatron.specs.layers import decoder_layer
+from miles_train.megatron.specs.predict_more import more_tokens_block
 from miles_train.megatron.upstream import (
     ModuleSpec,
     MoELayer,
@@ -56,6 +57,17 @@ def moe_decoder_layers(
         moe = moe_mlp(config.moe, transformer, backend)
         mlps = [moe if layer in config.layers else dense for layer in range(config.dense.num_layers)]
     return [decoder_layer(attention, mlp, backend) for mlp in mlps]
+
+
+def more_decoder_arguments(config: MoEDecoder) -> dict[str, Any]:
+    """Megatron's arguments for such a decoder whose layers for multi-token prediction are trained."""
+    return moe_decoder_arguments(config) | {"mtp_num_layers": config.num_more_layers}
+
+
+def more_decoder_layers(config: MoEDecoder, transformer: TransformerConfig, backend: BackendSpecProvider) -> ModuleSpec:
+    """The block of layers for multi-token prediction, each as the decoder's last one."""
+    last = moe_decoder_layers(config, transformer, backend)[-1]
+    return more_tokens_block([last] * config.num_more_layers, transformer, backend)
 
 
 def moe_arguments(config: MoEConfig) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from miles_core.errors import InputError
 from miles_train.megatron.specs.backend import BackendSpecProvider
 from miles_train.megatron.upstream import (
     GPTModel,
@@ -19,14 +20,28 @@ from miles_train.megatron.upstream import (
     MultiTokenPredictionBlockSubmodules,
     MultiTokenPredictionLayer,
     MultiTokenPredictionLayerSubmodules,
+    TransformerConfig,
 )
 
 
-def more_tokens_block(layers: Sequence[ModuleSpec], backend: BackendSpecProvider) -> ModuleSpec:
+def more_tokens_block(
+    layers: Sequence[ModuleSpec], transformer: TransformerConfig, backend: BackendSpecProvider
+) -> ModuleSpec:
     """The block around decoder layers, the first of which predicts the token after the next.
 
     Megatron's projection takes the embedding before the hidden state, as the published weights do.
+
+    Raises:
+        InputError: a layout in which their embedding would lie on another rank, or tokens ahead would.
     """
+    for key in ("pipeline_model_parallel_size", "context_parallel_size"):
+        if getattr(transformer, key) > 1:
+            raise InputError(
+                f"train.megatron.{key}",
+                getattr(transformer, key),
+                "must be 1 where mtp_loss_scaling_factor is set",
+                "Choose another layout.",
+            )
     norm = backend.layer_norm(rms_norm=True)
     specs = [
         ModuleSpec(
@@ -55,6 +70,7 @@ class PredictsMore(GPTModel):
         input_ids: Tensor,
         position_ids: Tensor,
         *,
+        rotary_pos_emb: Tensor | None = None,
         packed_seq_params: Any = None,
         output_processor: Any = None,
         **rest: Any,
@@ -68,6 +84,7 @@ class PredictsMore(GPTModel):
                 position_ids=position_ids,
                 hidden_states=hidden_states,
                 attention_mask=None,
+                rotary_pos_emb=rotary_pos_emb,
                 packed_seq_params=packed_seq_params,
                 embedding=self.embedding,
             )

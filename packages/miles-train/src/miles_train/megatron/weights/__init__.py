@@ -68,6 +68,7 @@ TABLES: Mapping[str, Callable[[Mapping[str, Any], Collection[str]], WeightTable]
 
 _WITH_MORE: Mapping[str, Callable[[Mapping[str, Any], Collection[str]], WeightTable]] = {
     "DeepseekV3ForCausalLM": deepseek.table_with_more,
+    "Glm4MoeForCausalLM": glm4_moe.table_with_more,
     "Glm4MoeLiteForCausalLM": glm4_moe_lite.table_with_more,
     "KimiK25ForConditionalGeneration": deepseek.table_with_more,
 }

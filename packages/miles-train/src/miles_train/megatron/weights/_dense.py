@@ -1,11 +1,12 @@
 """The rows that decoders with grouped-query attention share: the Llama line, and with experts Qwen3-MoE and GLM-4.5."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from miles_train.megatron.dense_config import DenseConfig
 from miles_train.megatron.weights.table import GroupedQKV, Row, Stacked, WeightTable
 
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _HF = "model.layers.{layer}."
 _MEGATRON = "decoder.layers.{layer}."
 
@@ -18,37 +19,48 @@ def dense_table(config: DenseConfig) -> WeightTable:
     return decoder_table(config, [*attention_rows(config), *mlp])
 
 
-def decoder_table(config: DenseConfig, layers: Sequence[Row], outside: tuple[str, ...] = ()) -> WeightTable:
+def decoder_table(
+    config: DenseConfig,
+    layers: Sequence[Row],
+    outside: tuple[str, ...] = (),
+    tied: Mapping[str, str] | None = None,
+) -> WeightTable:
     """A table of embedding, norms and head around the rows of attention and MLP.
 
     Args:
         config: of the decoder.
         layers: what each layer has beside its two norms.
         outside: see `WeightTable`.
+        tied: what repeats another tensor beside a tied output head; see `WeightTable`.
     """
     hidden, vocab = config.hidden_size, config.vocab_size
-    embedding = "model.embed_tokens.weight"
+    embedding, tied = EMBEDDING, dict(tied or {})
     rows = (
         Row((embedding,), ((vocab, hidden),), "embedding.word_embeddings.weight", shard_dim=0, padded=True),
         Row(("model.norm.weight",), ((hidden,),), "decoder.final_layernorm.weight"),
-        Row((_HF + "input_layernorm.weight",), ((hidden,),), _MEGATRON + "input_layernorm.weight"),
-        Row((_HF + "post_attention_layernorm.weight",), ((hidden,),), _MEGATRON + "pre_mlp_layernorm.weight"),
+        *norm_rows(config),
         *layers,
     )
     if config.tied:
-        return WeightTable(rows, config.num_layers, {"lm_head.weight": embedding}, outside)
-    head = Row(("lm_head.weight",), ((vocab, hidden),), "output_layer.weight", shard_dim=0, padded=True)
-    return WeightTable((*rows, head), config.num_layers, outside=outside)
+        return WeightTable(rows, config.num_layers, {HEAD: embedding, **tied}, outside)
+    head = Row((HEAD,), ((vocab, hidden),), "output_layer.weight", shard_dim=0, padded=True)
+    return WeightTable((*rows, head), config.num_layers, tied, outside)
 
 
-def attention_rows(config: DenseConfig) -> list[Row]:
-    """Rows of grouped-query attention."""
+def norm_rows(config: DenseConfig, hf: str = _HF, megatron: str = _MEGATRON) -> list[Row]:
+    """Rows of a layer's norms, by the prefixes of their names."""
+    names = {"input_layernorm": "input_layernorm", "post_attention_layernorm": "pre_mlp_layernorm"}
+    return [Row((f"{hf}{a}.weight",), ((config.hidden_size,),), f"{megatron}{b}.weight") for a, b in names.items()]
+
+
+def attention_rows(config: DenseConfig, hf: str = _HF, megatron: str = _MEGATRON) -> list[Row]:
+    """Rows of grouped-query attention, by the prefixes of a layer's names."""
     hidden, heads, groups, dim = config.hidden_size, config.num_heads, config.num_groups, config.head_dim
     fusion = GroupedQKV(heads, groups, dim)
-    qkv = tuple(_HF + f"self_attn.{part}_proj" for part in "qkv")
-    output = _HF + "self_attn.o_proj"
+    qkv = tuple(hf + f"self_attn.{part}_proj" for part in "qkv")
+    output = hf + "self_attn.o_proj"
     sizes = (heads * dim, groups * dim, groups * dim)
-    megatron = _MEGATRON + "self_attention."
+    megatron += "self_attention."
     rows = [
         Row(
             _suffixed(qkv, "weight"),
@@ -66,7 +78,7 @@ def attention_rows(config: DenseConfig) -> list[Row]:
         rows.append(Row((output + ".bias",), ((hidden,),), megatron + "linear_proj.bias"))
     if config.qk_norm:
         rows += [
-            Row((_HF + f"self_attn.{part}_norm.weight",), ((dim,),), megatron + f"{part}_layernorm.weight")
+            Row((hf + f"self_attn.{part}_norm.weight",), ((dim,),), megatron + f"{part}_layernorm.weight")
             for part in "qk"
         ]
     return rows

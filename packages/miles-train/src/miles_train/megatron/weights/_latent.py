@@ -5,10 +5,10 @@ Both transformers' saved names and those of the models' own repositories are the
 
 from collections.abc import Collection
 
-from miles_core.errors import InputError
 from miles_train.megatron.latent_config import LatentConfig
 from miles_train.megatron.weights._dense import gated_mlp_rows
 from miles_train.megatron.weights._moe import MoENames, moe_rows
+from miles_train.megatron.weights._more import more_rows, more_ties
 from miles_train.megatron.weights.table import Row, WeightTable
 
 _LAYER = "model.layers.{layer}."
@@ -43,9 +43,7 @@ def latent_table(config: LatentConfig, stored: Collection[str] = (), *, predicts
     tied = {head: embedding} if config.tied else {}
     if predicts_more:
         rows += _more_rows(config)
-        for layer in config.extra_layers:
-            tied[f"{prefix}model.layers.{layer}.embed_tokens.weight"] = embedding
-            tied[f"{prefix}model.layers.{layer}.shared_head.head.weight"] = embedding if config.tied else head
+        tied |= more_ties(config.extra_layers, embedding, embedding if config.tied else head, prefix)
     if not config.tied:
         rows.append(Row((head,), (vocab,), "output_layer.weight", shard_dim=0, padded=True))
     outside = () if predicts_more else tuple(f"{prefix}model.layers.{layer}.*" for layer in config.extra_layers)
@@ -54,27 +52,12 @@ def latent_table(config: LatentConfig, stored: Collection[str] = (), *, predicts
 
 def _more_rows(config: LatentConfig) -> list[Row]:
     """Rows of the layers for multi-token prediction, whose MLP is as the decoder's last one."""
-    if not config.extra_layers:
-        raise InputError(
-            "train.megatron.mtp_loss_scaling_factor",
-            "set",
-            "the model has no layers for multi-token prediction (num_nextn_predict_layers = 0)",
-            "Remove the key.",
-        )
-    hidden, rows = config.hidden_size, []
-    names = {"enorm": "enorm", "hnorm": "hnorm", "shared_head.norm": "final_layernorm"}
-    for number, layer in enumerate(config.extra_layers):
-        hf, megatron = f"{config.prefix}model.layers.{layer}.", f"mtp.layers.{number}."
-        rows += [Row((f"{hf}{a}.weight",), ((hidden,),), f"{megatron}{b}.weight") for a, b in names.items()]
-        rows.append(Row((hf + "eh_proj.weight",), ((hidden, 2 * hidden),), megatron + "eh_proj.weight", shard_dim=0))
-        megatron += "mtp_model_layer."
-        mlp = (
-            _sparse_rows(config, hf, megatron, None)
-            if config.sparse_layers
-            else _dense_rows(config, hf, megatron, None)
-        )
-        rows += _layer_rows(config, hf, megatron, mlp)
-    return rows
+    mlp_rows = _sparse_rows if config.sparse_layers else _dense_rows
+
+    def decoder_rows(hf: str, megatron: str) -> list[Row]:
+        return _layer_rows(config, hf, megatron, mlp_rows(config, hf, megatron, None))
+
+    return more_rows(config.extra_layers, config.hidden_size, decoder_rows, config.prefix)
 
 
 def _layer_rows(config: LatentConfig, hf: str, megatron: str, mlp: list[Row]) -> list[Row]:

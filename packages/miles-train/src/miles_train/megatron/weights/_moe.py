@@ -1,9 +1,18 @@
 """The rows of a mixture of experts, for every family that has one."""
 
 from dataclasses import dataclass
+from functools import partial
 
 from miles_train.megatron.moe_config import MoEConfig, MoEDecoder
-from miles_train.megatron.weights._dense import attention_rows, decoder_table, gated_mlp_rows
+from miles_train.megatron.weights._dense import (
+    EMBEDDING,
+    HEAD,
+    attention_rows,
+    decoder_table,
+    gated_mlp_rows,
+    norm_rows,
+)
+from miles_train.megatron.weights._more import more_rows, more_ties
 from miles_train.megatron.weights.table import Row, Stacked, WeightTable
 
 
@@ -31,20 +40,34 @@ class MoENames:
     stacked: bool = False
 
 
-def moe_decoder_table(config: MoEDecoder, names: MoENames | None = None, outside: tuple[str, ...] = ()) -> WeightTable:
+def moe_decoder_table(config: MoEDecoder, *, predicts_more: bool = False) -> WeightTable:
     """Table of a decoder with grouped-query attention and experts.
 
     Args:
         config: of the decoder.
-        names: see `moe_rows`.
-        outside: see `WeightTable`.
+        predicts_more: whether layers for multi-token prediction are trained; else they pass through export unchanged.
+
+    Raises:
+        InputError: they are to be trained, and the model has none.
     """
     dense, hf, megatron = config.dense, "model.layers.{layer}.mlp.", "decoder.layers.{layer}.mlp."
     rows = attention_rows(dense)
     rows += gated_mlp_rows(hf, megatron, dense.hidden_size, dense.intermediate_size, layers=config.dense_layers)
     if config.moe:
-        rows += moe_rows(config.moe, dense.hidden_size, config.layers, names)
-    return decoder_table(dense, rows, outside)
+        rows += moe_rows(config.moe, dense.hidden_size, config.layers)
+    if not predicts_more:
+        return decoder_table(dense, rows, tuple(f"model.layers.{layer}.*" for layer in config.more_layers))
+    rows += more_rows(config.more_layers, dense.hidden_size, partial(_more_layer_rows, config))
+    return decoder_table(dense, rows, tied=more_ties(config.more_layers, EMBEDDING, EMBEDDING if dense.tied else HEAD))
+
+
+def _more_layer_rows(config: MoEDecoder, hf: str, megatron: str) -> list[Row]:
+    """Rows of a decoder layer like the last one."""
+    dense, mlp = config.dense, (hf + "mlp.", megatron + "mlp.")
+    rows = norm_rows(dense, hf, megatron) + attention_rows(dense, hf, megatron)
+    if config.moe and dense.num_layers - 1 in config.layers:
+        return rows + moe_rows(config.moe, dense.hidden_size, None, MoENames(prefix=mlp[0]), mlp[1])
+    return rows + gated_mlp_rows(*mlp, dense.hidden_size, dense.intermediate_size)
 
 
 def moe_rows(

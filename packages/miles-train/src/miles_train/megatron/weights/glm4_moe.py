@@ -37,8 +37,9 @@ def read_config(config: Mapping[str, Any]) -> MoEDecoder:
         config, qkv_bias=bool(config["attention_bias"]), qk_norm=bool(config["use_qk_norm"]), partial=0.5
     )
     layers = tuple(range(config["first_k_dense_replace"], dense.num_layers))
+    num_more = config.get("num_nextn_predict_layers") or 0
     if not layers:
-        return MoEDecoder(dense, None, ())
+        return MoEDecoder(dense, None, (), num_more)
     if config["n_shared_experts"] < 1:
         raise InputError(
             "n_shared_experts", config["n_shared_experts"], "must be at least 1", "Use the config that the model has."
@@ -56,12 +57,14 @@ def read_config(config: Mapping[str, Any]) -> MoEDecoder:
         router_fp32=True,
         shared_size=config["moe_intermediate_size"] * config["n_shared_experts"],
     )
-    return MoEDecoder(dense, moe, layers)
+    return MoEDecoder(dense, moe, layers, num_more)
 
 
 def table(config: Mapping[str, Any], stored: Collection[str] = ()) -> WeightTable:
-    """Rows for config.json. Layers that predict further tokens are not trained: export passes them through."""
-    made = read_config(config)
-    first = made.dense.num_layers
-    extra = range(first, first + (config.get("num_nextn_predict_layers") or 0))
-    return moe_decoder_table(made, outside=tuple(f"model.layers.{layer}.*" for layer in extra))
+    """Rows for config.json, whatever names are stored."""
+    return moe_decoder_table(read_config(config))
+
+
+def table_with_more(config: Mapping[str, Any], stored: Collection[str] = ()) -> WeightTable:
+    """Rows for config.json, layers for multi-token prediction among them."""
+    return moe_decoder_table(read_config(config), predicts_more=True)
