@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from miles_core.errors import InputError
 from miles_train.megatron import zigzag
 from miles_train.megatron.rope import Rope
 from miles_train.megatron.upstream import (
@@ -38,7 +39,19 @@ class Rotation:
     interleaved: bool
 
     def angles(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Cosine and sine for positions [T], each [T, dim / 2]."""
+        """Cosine and sine for positions [T], each [T, dim / 2].
+
+        Raises:
+            InputError: a position beyond those that the frequencies hold for.
+        """
+        longest = self.rope.max_length
+        if longest is not None and int(positions.max()) >= longest:
+            raise InputError(
+                "sequence length",
+                int(positions.max()) + 1,
+                f"must be at most {longest}: beyond it a rotary embedding of kind {self.rope.kind!r} is another one",
+                "Train on shorter sequences.",
+            )
         angles = positions.float()[:, None] * self.rope.inverse_frequencies().to(positions.device)
         scale = self.rope.attention_factor
         return (angles.cos() * scale).to(dtype), (angles.sin() * scale).to(dtype)
