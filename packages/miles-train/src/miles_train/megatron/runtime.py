@@ -9,7 +9,7 @@ import os
 import random
 import socket
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -19,7 +19,6 @@ import numpy as np
 import torch
 from torch import distributed
 
-from miles_train.errors import CheckpointError
 from miles_train.megatron import cpu_shim
 from miles_train.megatron.upstream import model_parallel_cuda_manual_seed, parallel_state
 
@@ -156,26 +155,6 @@ def stop() -> None:
     if distributed.is_initialized():
         parallel_state.destroy_model_parallel()
         distributed.destroy_process_group()
-
-
-def on_rank_0(action: Callable[[], None]) -> None:
-    """Run `action` on rank 0 while the others wait for it; collective.
-
-    Raises:
-        CheckpointError: on every other rank, where it failed on rank 0; what it raised propagates there.
-    """
-    error: Exception | None = None
-    if distributed.get_rank() == 0:
-        try:
-            action()
-        except Exception as caught:  # noqa: BLE001  # raised below, when the others know
-            error = caught
-    failed = torch.tensor(error is not None, dtype=torch.int32, device=device_of_this_process())
-    distributed.broadcast(failed, src=0)
-    if error is not None:
-        raise error
-    if failed.item():
-        raise CheckpointError("rank 0 could not write: its error says why")
 
 
 @contextmanager
