@@ -62,6 +62,30 @@ LONG = {
     "temperature of a linear scaling": {
         "rope_parameters": {"rope_type": "linear", "rope_theta": 100.0, "factor": 2.0, "mscale_all_dim": 1.0}
     },
+    "longrope": {
+        "rope_parameters": {
+            "rope_type": "longrope",
+            "rope_theta": 1000.0,
+            "factor": 2.0,
+            "original_max_position_embeddings": 48,
+            "short_factor": [1.0, 1.3, 1.6, 1.9],
+            "long_factor": [2.0] * 4,
+        }
+    },
+    "dynamic, a padding token": {
+        "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1000.0, "factor": 2.0},
+        "pad_token_id": 3,
+    },
+    "one head, no shared experts": {
+        "num_attention_heads": 1,
+        "num_key_value_heads": 1,
+        "n_shared_experts": 0,
+        "kv_lora_rank": 5,
+        "routed_scaling_factor": 0.1,
+        "n_group": 2,
+        "topk_group": 1,
+        "n_routed_experts": 6,
+    },
     "stored in bfloat16": {"dtype": "bfloat16"},
 }
 
@@ -85,6 +109,14 @@ def test_every_layout_agrees(ranks, tmp_path, case, layout):
     values = {**MIXED, **CASES[case], "num_hidden_layers": 4}
     ranks.run_one("in_rank_reference.make_reference_model", tmp_path / "hf", "deepseek_v3", values)
     assert_layouts_agree(ranks, tmp_path / "hf", layout)
+
+
+@pytest.mark.long
+def test_sequences_beyond_a_dynamic_embedding_are_refused(ranks, tmp_path):
+    rope = {"rope_type": "dynamic", "rope_theta": 1000.0, "factor": 2.0}
+    values = {**MIXED, "rope_parameters": rope, "max_position_embeddings": 8}
+    with pytest.raises(AssertionError, match=r"sequence length = \d+: must be at most 8: beyond it"):
+        assert_agrees(ranks, tmp_path / "hf", "deepseek_v3", values)
 
 
 def test_layers_for_more_tokens_pass_through_export(ranks, tmp_path):

@@ -38,6 +38,19 @@ LONG = {
             "rope_parameters": YARN,
         },
     ),
+    "glm-5, everything": (
+        GLM,
+        {
+            "index_topk": 2,
+            "mlp_layer_types": ["sparse", "sparse", "dense"],
+            "attention_bias": True,
+            "rope_parameters": YARN,
+            "tie_word_embeddings": True,
+            "n_routed_experts": 6,
+            "n_group": 3,
+            "num_experts_per_tok": 4,
+        },
+    ),
     "glm-5, a pattern": (GLM, {"num_hidden_layers": 4, "index_topk_pattern": "FSFS", "dtype": "bfloat16"}),
 }
 
