@@ -15,7 +15,9 @@ token; packed sequences are kept apart by their bounds.
 """
 
 import logging
+import re
 from collections.abc import Callable
+from importlib.metadata import version
 from types import ModuleType
 from typing import Any
 
@@ -44,10 +46,11 @@ def delta_net(backend: BackendSpecProvider) -> ModuleSpec:
     """The layer's spec; sizes come from Megatron's `linear_*` arguments.
 
     Raises:
-        RuntimeError: flash-linear-attention is missing and megatron-core is not the version whose names are known.
+        RuntimeError: flash-linear-attention cannot be used and megatron-core is not the version whose names are known.
     """
-    if not gated_delta_net_common.HAVE_FLA:
-        use_torch_kernels()
+    reason = _why_torch()
+    if reason is not None:
+        use_torch_kernels(reason)
     submodules = GatedDeltaNetSubmodules(
         in_proj=backend.column_parallel_linear(),
         out_norm=HeadNorm,
@@ -66,8 +69,25 @@ def torch_kernels() -> tuple[tuple[ModuleType, str, Any], ...]:
     )
 
 
-def use_torch_kernels() -> None:
+def _why_torch() -> str | None:
+    """What speaks against flash-linear-attention's kernels here; None if they can be used."""
+    if not gated_delta_net_common.HAVE_FLA:
+        return "flash-linear-attention is missing"
+    if not torch.cuda.is_available():
+        return "there is no GPU"
+    # https://github.com/fla-org/flash-linear-attention/issues/640: 0.6.0 refuses, older versions compute wrong gradients.
+    found = version("triton")
+    release = tuple(int(part) for part in re.findall(r"\d+", found)[:3])
+    if torch.cuda.get_device_capability()[0] == 9 and (3, 4, 0) <= release < (3, 7, 1):
+        return f"Triton {found} miscompiles the backward pass of flash-linear-attention on Hopper (3.7.1 does not)"
+    return None
+
+
+def use_torch_kernels(reason: str) -> None:
     """Let Megatron's GatedDeltaNet compute with plain torch, for the life of the process.
+
+    Args:
+        reason: why not with flash-linear-attention; told where there is a GPU.
 
     Raises:
         RuntimeError: megatron-core is not the version that this was tested with.
@@ -80,10 +100,7 @@ def use_torch_kernels() -> None:
     for module, name, value in torch_kernels():
         setattr(module, name, value)
     if torch.cuda.is_available():
-        _logger.warning(
-            "flash-linear-attention is missing: linear attention runs in plain torch, several times slower. "
-            'Install it: pip install "flash-linear-attention".'
-        )
+        _logger.warning("%s: linear attention runs in plain torch, several times slower", reason)
 
 
 class GatedDeltaNet(StockGatedDeltaNet):
