@@ -2,8 +2,8 @@
 
 What stock megatron-core 0.19.2 (megatron/core/ssm/gated_delta_net) lacks, and where this module adds it:
 
-- it refuses to be built without flash-linear-attention, which needs a GPU: `use_torch_kernels` puts the functions of
-  `delta_rule` in place of that package's four names;
+- it refuses to be built without flash-linear-attention, which needs a GPU, and cannot train with it under Triton 3.4
+  to 3.7.0 on Hopper: `use_torch_kernels` then puts the functions of `delta_rule` in place of that package's names;
 - the decay is computed from A_log in the model's dtype, in transformers in float32: `GatedDeltaNet` keeps A_log and
   dt_bias in float32;
 - the gain of the output norm is the same for all heads, but under tensor parallelism without sequence parallelism the
@@ -75,7 +75,7 @@ def _why_torch() -> str | None:
         return "flash-linear-attention is missing"
     if not torch.cuda.is_available():
         return "there is no GPU"
-    # https://github.com/fla-org/flash-linear-attention/issues/640: 0.6.0 refuses, older versions compute wrong gradients.
+    # https://github.com/fla-org/flash-linear-attention/issues/640; version 0.6.0 raises in the backward pass.
     found = version("triton")
     release = tuple(int(part) for part in re.findall(r"\d+", found)[:3])
     if torch.cuda.get_device_capability()[0] == 9 and (3, 4, 0) <= release < (3, 7, 1):
