@@ -9,6 +9,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection
+from multiprocessing.synchronize import Event
 
 import pytest
 import torch
@@ -67,8 +68,10 @@ def _values(module: torch.nn.Module) -> set[float]:
 # -- the sender ----------------------------------------------------------------------------------------
 
 
-def _send_and_die(port: int, kind: str, stage: str, how: int, mode: str = "staged") -> None:
-    """Push version 1 and stop in the middle of a stage."""
+def _send_and_die(
+    port: int, kind: str, stage: str, how: int, mode: str = "staged", written: Event | None = None
+) -> None:
+    """Push version 1 and stop in the middle of a stage; in the transfer once the first bucket was `written`."""
 
     class Source:
         def metadata(self) -> Sequence[TensorMeta]:
@@ -77,6 +80,7 @@ def _send_and_die(port: int, kind: str, stage: str, how: int, mode: str = "stage
         def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
             for name, tensor in _weights(2.0).items():
                 if name == "b" and stage == "transfer":
+                    assert written is None or written.wait(30)
                     os.kill(os.getpid(), how)
                 yield name, tensor
 
@@ -110,8 +114,12 @@ def test_sender_killed(stage: str, kind: str, mode: str) -> None:
     with serve(ModuleReceiver(module), token=TOKEN) as server:
         with WeightSync([ReceiverTarget(server.host, server.port)], token=TOKEN, deadline_s=DEADLINE_S) as sync:
             first = sync.push(_weights(1.0), 0)
-        child = PROCESSES.Process(target=_send_and_die, args=(server.port, kind, stage, signal.SIGKILL, mode))
+        written = PROCESSES.Event() if (stage, mode) == ("transfer", "in_place") else None
+        child = PROCESSES.Process(target=_send_and_die, args=(server.port, kind, stage, signal.SIGKILL, mode, written))
         child.start()
+        if written is not None:
+            _eventually(lambda: server.dirty)
+            written.set()
         child.join(30)
         assert child.exitcode == -signal.SIGKILL
         with WeightSync([ReceiverTarget(server.host, server.port)], token=TOKEN, deadline_s=DEADLINE_S) as sync:

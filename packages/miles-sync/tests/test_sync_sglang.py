@@ -12,6 +12,7 @@ import json
 import pickle
 import pickletools
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterator
 
@@ -120,6 +121,22 @@ def test_weights_arrive_through_the_models_own_loader(model: Model, target: InPr
         report = sync.push(_weights(value), version)
         assert _holds(model, value) and target.label == str(version)
         sync.check(version, report.digest)
+
+
+def test_the_time_that_the_engine_takes_is_not_the_senders_silence(
+    model: Model, target: InProcessTarget, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("miles_sync.staging._NOTICE_S", 0.02)
+    load_weights = model.load_weights
+
+    def slow(weights: list[tuple[str, torch.Tensor]]) -> None:
+        time.sleep(1.0)
+        load_weights(weights)
+
+    monkeypatch.setattr(model, "load_weights", slow)
+    with WeightSync([target], token=TOKEN, deadline_s=0.9) as sync:
+        sync.push(_weights(2.0), 0)
+    assert _holds(model, 2.0)
 
 
 @pytest.mark.parametrize(

@@ -100,13 +100,25 @@ class Staging:
                         channel.send(answer, Deadline(self._patience), "transfer")
                     if isinstance(answer, Refused) and (answer.call, answer.kind) == ("Stream", "DeadlineError"):
                         raise TimeoutError(answer.reason)  # it may be frozen: make room for another
-                elif self._phase != IDLE and self._silence.left() == 0:
+                elif self._forsaken():
                     raise TimeoutError(f"the sender was silent for {self._patience:g} s")
         except (SyncError, TimeoutError) as error:
             _log.info("%s: sender %s is gone: %s", self._name, channel.peer, error)
         finally:
             self._leave(channel)
             channel.close()
+
+    def _forsaken(self) -> bool:
+        """Whether the sender of an open transaction was silent for too long.
+
+        Not while the weights' owner carries out an order: that time is its own, and the sender's clock starts after it.
+        """
+        if not self._lock.acquire(blocking=False):
+            return False
+        try:
+            return self._phase != IDLE and self._silence.left() == 0
+        finally:
+            self._lock.release()
 
     def hang_up(self) -> None:
         """End the connection, if there is one."""
@@ -337,7 +349,10 @@ class Staging:
         call = type(order).__name__
         try:
             with self._lock:
-                return self._prepare(order.txn) if isinstance(order, Prepare) else self._commit(order.txn)
+                try:
+                    return self._prepare(order.txn) if isinstance(order, Prepare) else self._commit(order.txn)
+                finally:
+                    self._silence = Deadline(self._patience)
         except SyncError as error:
             failure = error
         except Exception as error:  # noqa: BLE001 - the engine must survive whatever its loader raises
