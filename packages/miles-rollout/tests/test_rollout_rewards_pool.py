@@ -15,7 +15,7 @@ import pytest
 from miles_core.errors import InputError
 from miles_core.types import Prompt, Sample, VersionSpan
 from miles_rollout.rewards import PoolSettings, RewardPool, Verdict
-from miles_rollout.rewards._tree import descendants
+from miles_rollout._processes import descendants
 
 LIMITS = PoolSettings(timeout_s=3.0, memory_bytes=1 << 28)
 PROMPT = Prompt("p1", "2+2=", {"answer": "4"})

@@ -7,6 +7,7 @@ nine seconds to import. Transformers' template renderer is imported when the fir
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -57,29 +58,65 @@ class Tokenizer:
             ids = self._tokenizer.encode(content).ids
         else:
             # The template writes special tokens itself.
-            ids = self._tokenizer.encode(self._render(content), add_special_tokens=False).ids
+            ids = self._tokenizer.encode(self.render(content), add_special_tokens=False).ids
         if not ids:
             raise InputError("prompt", content, "must have at least one token", "Mend or remove that row.")
         return ids
+
+    def encode_more(self, text: str) -> list[int]:
+        """The ids of text that goes on after other tokens: nothing is put before or after it."""
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def token_id(self, text: str) -> int | None:
+        """The id of the one token that `text` is, or None."""
+        return self._tokenizer.token_to_id(text)
 
     def decode(self, ids: NDArray[np.int32]) -> str:
         """The text of `ids`, special tokens included: what a reward may not see, a model may hide things behind."""
         return self._tokenizer.decode(ids.tolist(), skip_special_tokens=False)
 
-    def _render(self, messages: Sequence[Mapping[str, str]]) -> str:
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        variables: Mapping[str, Any] = MappingProxyType({}),
+    ) -> str:
+        """The text of a conversation, by the model's chat template in Jinja's sandbox.
+
+        Args:
+            messages: of the conversation.
+            tools: JSON schemas of what the model may call, for templates that show them.
+            add_generation_prompt: open the assistant's turn at the end.
+            variables: of the template's own, e.g. {"enable_thinking": False}.
+
+        Raises:
+            InputError: there is no chat template, or it refuses these messages.
+        """
         # Takes a second and a half, and plain-text prompts do not need it.
+        from jinja2 import TemplateError  # noqa: PLC0415
         from transformers.utils.chat_template_utils import render_jinja_template  # noqa: PLC0415
 
         if self._template is None:
             raise InputError(
                 "data.prompts", "chat messages", f"the model at {self._path} has no chat template", "Give plain text."
             )
-        texts, _ = render_jinja_template(
-            conversations=[[dict(message) for message in messages]],
-            chat_template=self._template,
-            add_generation_prompt=True,
-            **self._special,  # pyright: ignore[reportArgumentType]  names that the template may use
-        )
+        try:
+            texts, _ = render_jinja_template(
+                conversations=[[dict(message) for message in messages]],
+                chat_template=self._template,
+                tools=None if tools is None else [dict(tool) for tool in tools],
+                add_generation_prompt=add_generation_prompt,
+                **{**self._special, **variables},  # pyright: ignore[reportArgumentType]  names the template may use
+            )
+        except TemplateError as error:
+            raise InputError(
+                "messages",
+                [message.get("role") for message in messages],
+                f"the chat template of {self._path} refuses them: {error}",
+                "Change the messages, or put another chat_template.jinja beside the model.",
+            ) from error
         return texts[0]
 
     def _find_stop_tokens(self, folder: Path) -> tuple[int, ...]:

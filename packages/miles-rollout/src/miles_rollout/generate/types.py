@@ -26,9 +26,27 @@ class GenerateContext:
     weight_version: int
 
 
+@dataclass(frozen=True, slots=True)
+class LostSample:
+    """In place of a sample that could not be made; the others of its group go on.
+
+    Attributes:
+        reason: a few words, the same for the same cause.
+        detail: what is known besides.
+    """
+
+    reason: str
+    detail: str = ""
+
+
 class GenerateFn(Protocol):
     """Make the samples of one prompt."""
 
-    async def __call__(self, prompt: Prompt, seeds: Sequence[int], context: GenerateContext) -> Sequence[Sample]:
-        """Return one sample per seed, not yet judged. An EngineError drops the group with its reason."""
+    async def __call__(
+        self, prompt: Prompt, seeds: Sequence[int], context: GenerateContext
+    ) -> Sequence[Sample | LostSample]:
+        """Return what was made of each seed: a sample, several (branches of a conversation), or why there is none.
+
+        A sample whose reward is already a number is not judged again. An EngineError drops the group with its reason.
+        """
         ...

@@ -26,7 +26,7 @@ import msgspec
 from miles_core.errors import InputError
 from miles_core.types import Prompt, Sample
 from miles_rollout.rewards import _wire
-from miles_rollout.rewards._tree import descendants
+from miles_rollout._processes import descendants
 from miles_rollout.rewards.judge import Verdict
 
 # What a process may see of the owner's environment: where programs and libraries are, and how to speak. Keys and
