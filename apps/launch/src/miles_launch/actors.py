@@ -180,6 +180,7 @@ class TrainerActor:
                 temperature=recipe.rollout.temperature,
                 deterministic=recipe.deterministic,
                 hooks=Hooks(**loaded),
+                family=recipe.model.family,
                 decode=decode_fp8,
                 progress=progress,
             )

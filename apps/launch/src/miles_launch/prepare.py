@@ -82,6 +82,10 @@ def prepare(recipe: Recipe) -> Prepared:
     check_settings(recipe.train.megatron)
     check_arguments(recipe.rollout.sglang)
     _check_actor_hooks(recipe)
+    if recipe.model.family is not None:
+        from miles_train.megatron.families import check_name  # noqa: PLC0415 (imports torch)
+
+        check_name(recipe.model.family)
     hooks = recipe.hooks
     model_path = _model(recipe)
     dtype = "bfloat16" if recipe.train.megatron.get("bf16") else "float32"

@@ -57,10 +57,13 @@ class ModelSection(Section):
     Attributes:
         path: the directory.
         source: code that makes the directory at `path` when it is not there: `source(path, **params)`.
+        family: "package.module:name" of a weight table and a Megatron spec from elsewhere
+            (`miles_train.megatron.families.Family`); by default the trainer's own, by the class in config.json.
     """
 
     path: str
     source: Hook | None = None
+    family: str | None = None
 
 
 class DataSection(Section):

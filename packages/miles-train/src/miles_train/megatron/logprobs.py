@@ -94,12 +94,52 @@ def token_logprobs(
             more = _whole(states, output_layer).flatten(0, 1)
             more = more.index_select(0, (positions[far] - ahead) * hidden.shape[1] + rows[far])
             apart = output_layer.config.mtp_detach_heads
-            logprobs, _ = head_logprobs(more, weight.detach() if apart else weight, targets[far], options)
+            logprobs = head_logprobs(more, weight.detach() if apart else weight, targets[far], options)[0]
             selected = with_loss(selected, -weight_ahead * logprobs.sum())
         return _over_context_ranks(head_logprobs(selected, weight, targets[mine], options), mine, len(targets))
 
-    tokens = tokens[:, _positions_here(tokens.shape[1], device)]
-    packing = packed_params(micro, device)
+    return _run(model, micro, tokens, head)
+
+
+@torch.no_grad()
+def token_logits(model: Callable[..., Any], micro: MicroBatch, *, vocab_size: int, device: torch.device) -> Any:
+    """Run one chunk of the model over a micro-batch for its logits, all of them: for tests of a model.
+
+    Args:
+        model: a `GPTModel`, wrapped or not.
+        micro: the tokens; the same on all ranks of a copy of the model.
+        vocab_size: real rows of the embedding.
+        device: of the model.
+
+    Returns:
+        From the last chunk of the last stage, for each selected token of the micro-batch the logits that predict it,
+        float32 [M, V], on every tensor- and context-parallel rank; from other chunks the hidden states.
+    """
+    tokens = _padded(on_device(micro.tokens, device))
+    rows, positions = on_device(micro.rows, device), on_device(micro.positions, device)
+    mine, places = _own_tokens(tokens.shape[1], positions)
+
+    def head(hidden_states: Tensor, output_layer: Any, output_weight: Tensor | None, **_: Any) -> Tensor:
+        hidden = _whole(hidden_states, output_layer)
+        weight = output_layer.weight if output_weight is None else output_weight
+        selected = hidden.flatten(0, 1).index_select(0, places * hidden.shape[1] + rows[mine])
+        here = (selected @ weight.t()).float()
+        parts = [torch.empty_like(here) for _ in range(parallel_state.get_tensor_model_parallel_world_size())]
+        distributed.all_gather(parts, here, group=parallel_state.get_tensor_model_parallel_group())
+        mine_of_all = torch.cat(parts, -1)[:, :vocab_size]
+        if parallel_state.get_context_parallel_world_size() == 1:
+            return mine_of_all
+        logits = mine_of_all.new_zeros(len(rows), vocab_size).index_copy(0, mine, mine_of_all)
+        distributed.all_reduce(logits, group=parallel_state.get_context_parallel_group())
+        return logits
+
+    return _run(model, micro, tokens, head)
+
+
+def _run(model: Callable[..., Any], micro: MicroBatch, tokens: Tensor, head: Callable[..., Any]) -> Any:
+    """The model on this rank's part of the padded tokens [B, S], with `head` as its output processor."""
+    tokens = tokens[:, _positions_here(tokens.shape[1], tokens.device)]
+    packing = packed_params(micro, tokens.device)
     return model(tokens, torch.zeros_like(tokens), None, packed_seq_params=packing, output_processor=head)
 
 

@@ -1,6 +1,7 @@
 """The weights of a trainer's model under their Hugging Face names: in, out, and on their way to engines."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -62,6 +63,16 @@ class ModelWeights:
         The first call is collective: ranks tell each other once what they hold. Later ones are not.
         """
         return pieces(self._find(), self._parts())
+
+    def gathered(self, tensors: Mapping[str, Tensor], device: torch.device) -> Iterator[tuple[str, Tensor]]:
+        """Yield whole tensors of what lies beside the parameters (their gradients), as `whole` does; collective.
+
+        Args:
+            tensors: of this rank, float32, by the global name of the parameter, which gives the shape.
+            device: of the model.
+        """
+        wide = [replace(placed, dtype=torch.float32) for placed in self._find()]
+        yield from gathered(wide, LocalParts(self._share, tensors), device)
 
     def export(self, path: Path, *, max_shard_bytes: int = hf_export.MAX_SHARD_BYTES) -> None:
         """Write a Hugging Face directory; collective, see `hf_export.export`."""

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, distributed
 
 from miles_core.algorithms.losses import Loss, LossInputs
+from miles_core.algorithms.needs import needs_of
 from miles_core.types import Batch
 from miles_train.errors import NonFiniteError
 from miles_train.megatron import cpu_shim, runtime
-from miles_train.megatron.logprobs import token_logprobs
+from miles_train.megatron.logprobs import token_logits, token_logprobs
 from miles_train.megatron.upstream import (
     DistributedDataParallel,
     MegatronOptimizer,
@@ -107,8 +108,53 @@ class Learner:
             first_sample += len(batch.lengths)
         return sums.reduce()
 
+    def logits(self, batch: Batch) -> Tensor:
+        """Logits that predict each token under the current weights, without gradient: many bytes, for tests of a model.
+
+        Args:
+            batch: some samples; the same on all ranks of a copy of the model.
+
+        Returns:
+            float32 [T, V], on the model's device, on every stage; 0 for the first token of each sample.
+        """
+        table = torch.zeros(len(batch.tokens), self.vocab_size, device=self.device)
+        micros = self._cut(batch, all_tokens=True)
+
+        def forward(micro: MicroBatch, chunk: Any) -> tuple[Any, Callable[..., Any]]:
+            output = token_logits(chunk, micro, vocab_size=self.vocab_size, device=self.device)
+            return output, lambda output, non_loss_data: output
+
+        results = self._run(forward, micros, forward_only=True)
+        if _is_last_stage():
+            for micro, logits in zip(micros, results, strict=True):
+                table[runtime.on_device(micro.columns[micro.selected], self.device)] = logits
+        return _from_last_stage(table)
+
+    def backward(self, batch: Batch) -> float:
+        """Leave in the buffers the gradient that an update on the batch would use, summed over all ranks.
+
+        Args:
+            batch: this rank's samples.
+
+        Returns:
+            The loss summed over shards.
+
+        Raises:
+            NonFiniteError: it or the gradient is not finite.
+        """
+        return self._gradient(batch, None, _Sums(self.device))[1]
+
     def _update(self, batch: Batch, old: Tensor | None, sums: "_Sums") -> Tensor:
         """One optimizer update; returns the logprobs before it, [T], in loss_mask."""
+        before, loss = self._gradient(batch, old, sums)
+        self.scheduler.step(1)  # before the update, so that the first one of a warm-up is not done with lr = 0
+        with cpu_shim.active():
+            outcome: Any = self.optimizer.step()  # updated, gradient norm, zeros in the gradient
+        sums.add_update(loss, float(outcome[1]), self._learning_rate())
+        return before
+
+    def _gradient(self, batch: Batch, old: Tensor | None, sums: "_Sums") -> tuple[Tensor, float]:
+        """Forward and backward; the logprobs, [T], in loss_mask, and the loss summed over shards."""
         before = torch.zeros(len(batch.tokens), device=self.device) if old is None else old
         is_empty = not len(batch.lengths)
         if is_empty:
@@ -121,7 +167,7 @@ class Learner:
             num_tokens = torch.zeros((), dtype=torch.int, device=self.device)  # unused: the weights normalise
             if not len(micro.columns):
                 return output[0].sum(), num_tokens, {}  # a filler: 0
-            inputs, weights = columns.inputs(micro, *output, old, self.loss.needs_entropy)
+            inputs, weights = columns.inputs(micro, *output, old, needs_of(self.loss))
             with runtime.others_code():
                 per_token, metrics = self.loss(inputs)
             if old is None and not is_empty:
@@ -140,12 +186,7 @@ class Learner:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         self._run(forward, self._cut(batch), forward_only=False)
-        loss = self._check_finite(loss_sum)
-        self.scheduler.step(1)  # before the update, so that the first one of a warm-up is not done with lr = 0
-        with cpu_shim.active():
-            outcome: Any = self.optimizer.step()  # updated, gradient norm, zeros in the gradient
-        sums.add_update(loss, float(outcome[1]), self._learning_rate())
-        return before
+        return before, self._check_finite(loss_sum)
 
     def _cut(self, batch: Batch, *, all_tokens: bool = False) -> list[MicroBatch]:
         """Micro-batches of the batch, and fillers where ranks or stages need another number of them."""
@@ -183,7 +224,7 @@ class Learner:
             micro,
             vocab_size=self.vocab_size,
             temperature=self.temperature,
-            entropy_grad=self.loss.needs_entropy,
+            entropy_grad="entropy" in needs_of(self.loss),
             device=self.device,
             weight_ahead=weight_ahead,
         )
@@ -251,11 +292,14 @@ class _Columns:
     advantages: Tensor
     loss_mask: Tensor
     loss_weights: Tensor
+    more: Mapping[str, Tensor]
+    group_index: np.ndarray
 
     @classmethod
     def of(cls, batch: Batch, device: torch.device) -> "_Columns":
         names = ("rollout_logprobs", "advantages", "loss_mask", "loss_weights")
-        return cls(*(runtime.on_device(getattr(batch, name), device) for name in names))
+        more = {name: runtime.on_device(column, device) for name, column in batch.columns.items()}
+        return cls(*(runtime.on_device(getattr(batch, name), device) for name in names), more, batch.group_index)
 
     def flat(self, micro: MicroBatch) -> Tensor:
         """Where the tokens of a micro-batch lie in the batch's columns, int64 [T]."""
@@ -267,20 +311,25 @@ class _Columns:
         return values.new_zeros(len(micro.columns)).index_put((selected,), values)
 
     def inputs(
-        self, micro: MicroBatch, logprobs: Tensor, entropy: Tensor, old: Tensor | None, needs_entropy: bool
+        self, micro: MicroBatch, logprobs: Tensor, entropy: Tensor, old: Tensor | None, needs: frozenset[str]
     ) -> tuple[LossInputs, Tensor]:
         """What the loss sees of a micro-batch, and the weights of its tokens, [T]."""
         flat = self.flat(micro)
         full = self.scatter(micro, logprobs)
         sample_index = np.repeat(np.arange(len(micro.lengths)), micro.lengths)
+        more = {name: self.more[name][flat] for name in needs & self.more.keys()}
+        if "group_index" in needs:
+            group_index = np.repeat(self.group_index[micro.samples].astype(np.int64), micro.lengths)
+            more["group_index"] = runtime.on_device(group_index, flat.device)
         inputs = LossInputs(
             logprobs=full,
             old_logprobs=full.detach() if old is None else old[flat],
             rollout_logprobs=self.rollout_logprobs[flat],
             advantages=self.advantages[flat],
             loss_mask=self.loss_mask[flat],
-            entropy=self.scatter(micro, entropy) if needs_entropy else None,
             sample_index=runtime.on_device(sample_index, flat.device),
+            entropy=self.scatter(micro, entropy) if "entropy" in needs else None,
+            **more,
         )
         return inputs, self.loss_weights[flat]
 
@@ -375,7 +424,8 @@ def _placeholder(batch: Batch) -> Batch:
         "advantages": np.zeros(2, np.float32),
         "loss_weights": np.zeros(2, np.float32),
     }
-    return replace(batch, lengths=np.array([2], np.int32), **two)
+    columns = {name: np.zeros(2, np.float32) for name in batch.columns}
+    return replace(batch, lengths=np.array([2], np.int32), group_index=np.zeros(1, np.int32), columns=columns, **two)
 
 
 def _filler() -> MicroBatch:

@@ -18,12 +18,14 @@ from miles_train.megatron import cpu_shim, optimizer_order, resume_fixes, runtim
 from miles_train.megatron._environment import quietly
 from miles_train.megatron.arguments import parse_arguments
 from miles_train.megatron.checkpoint import Checkpoints
+from miles_train.megatron.families import family_of
+from miles_train.megatron.gradients import gather_gradients, gradient_of
 from miles_train.megatron.layout import check_layout
 from miles_train.megatron.model_weights import ModelWeights
 from miles_train.megatron.packing import decide_packing
 from miles_train.megatron.runtime import Address
 from miles_train.megatron.settings import check_settings
-from miles_train.megatron.specs import build_chunks, spec_for
+from miles_train.megatron.specs import build_chunks
 from miles_train.megatron.specs.backend import TRANSFORMER_ENGINE
 from miles_train.megatron.step import Learner
 from miles_train.megatron.upstream import (
@@ -38,8 +40,9 @@ from miles_train.megatron.upstream import (
     get_megatron_optimizer_config,
     parallel_state,
 )
-from miles_train.megatron.weights import WeightTable, table_for
+from miles_train.megatron.weights import WeightTable
 from miles_train.megatron.weights.load import Decode, Progress, Source, keep_float32
+from miles_train.megatron.weights.names import local_tensors
 from miles_train.megatron.weights.pieces import Piece
 from miles_train.model_dir import open_model_directory
 
@@ -81,6 +84,7 @@ class MegatronTrainer:
         temperature: float = 1.0,
         deterministic: bool = False,
         hooks: Hooks | None = None,
+        family: str | None = None,
         decode: Decode | None = None,
         progress: Progress | None = None,
     ):
@@ -98,6 +102,7 @@ class MegatronTrainer:
             temperature: of the sampling engine; logits are divided by it.
             deterministic: refuse operations whose result depends on timing.
             hooks: user code.
+            family: "package.module:name" of a `families.Family` from elsewhere; None for those of this package.
             decode: makes numbers of FP8 weights with block scales: [N, K] e4m3 and one float32 factor for each block
                 to [N, K]. Needed where the directory holds such.
             progress: told how many bytes of this rank's weights are loaded, and of how many.
@@ -109,8 +114,8 @@ class MegatronTrainer:
         address = address or Address()
         directory = open_model_directory(model_path)
         predicts_more = "mtp_loss_scaling_factor" in megatron
-        table, source = table_for(directory, predicts_more=predicts_more), Source(directory, decode)
-        spec = spec_for(directory.architecture, predicts_more=predicts_more)
+        table, spec = family_of(directory, family, predicts_more=predicts_more)
+        source = Source(directory, decode)
         self._device = runtime.device_of_this_process()
         on_gpu = self._device.type == "cuda"
         check_settings(megatron)
@@ -184,6 +189,31 @@ class MegatronTrainer:
     def logprobs(self, batch: Batch) -> Floats:
         """Log probability of every token under the current weights, float32 [T]; 0 for the first of each sample."""
         return self._learner.logprobs(batch, all_tokens=True).cpu().numpy().astype(np.float32)
+
+    def logits(self, batch: Batch) -> Floats:
+        """Logits that predict each token under the current weights, float32 [T, V]; 0 for the first of each sample.
+
+        For tests of a model: every rank of a copy of it must be given the same samples, and gets all logits.
+        """
+        return self._learner.logits(batch).cpu().numpy()
+
+    def gradients(self, batch: Batch) -> Iterator[tuple[str, Tensor]]:
+        """Yield the gradient that `step` would update by, under Hugging Face names; nothing is updated.
+
+        For tests of a model. All ranks must take all tensors, in step: every tensor goes to every rank.
+
+        Args:
+            batch: this rank's shard, as for `step`.
+
+        Yields:
+            Name and gradient, of the whole tensor's shape, float32; zeros for what takes none.
+        """
+        self._learner.backward(batch)
+        with cpu_shim.active():
+            gather_gradients(self._learner.chunks)
+            yield from self._weights.gathered(
+                {name: gradient_of(tensor) for name, tensor in local_tensors(self._cores)}, self._device
+            )
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """Yield every weight under its Hugging Face name, as the model directory names them.

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from miles_core.errors import InputError
 from miles_train.megatron.specs.backend import BackendSpecProvider, backend_of, settle
 from miles_train.megatron.specs.embedding import hold_padding_row
 from miles_train.megatron.upstream import (
@@ -64,10 +65,16 @@ def build_chunks(spec: Spec, config: Config, args: argparse.Namespace) -> list[G
         spec: the architecture.
         config: config.json.
         args: Megatron's arguments, among them those of `spec.arguments`.
+
+    Raises:
+        InputError: the spec has no layers for this layout, or another number of them.
     """
     transformer = core_transformer_config_from_args(args)
     backend = backend_of(args.transformer_impl)
     layers = spec.layers(config, transformer, backend)
+    if len(layers) != transformer.num_layers:
+        rule = f"must be num_layers = {transformer.num_layers} module specs, one for each layer of the model"
+        raise InputError("the spec's layers", len(layers), rule, "Correct `layers` of the family.")
     mtp = spec.mtp(config, transformer, backend)
     num_chunks = args.virtual_pipeline_model_parallel_size
     stages = [None] if num_chunks is None else list(range(num_chunks))

@@ -43,6 +43,7 @@ __all__ = [
     "Stacked",
     "WeightTable",
     "Whole",
+    "checked_table",
     "table_for",
 ]
 
@@ -90,7 +91,7 @@ def table_for(directory: ModelDirectory, *, predicts_more: bool = False) -> Weig
             f"architectures in {directory.path / 'config.json'}",
             directory.architecture,
             f"must be one of {', '.join(sorted(TABLES))}",
-            "Train one of these, or register a weight table and a spec for it.",
+            "Train one of these, or name a weight table and a spec of your own in model.family.",
         )
     if predicts_more:
         make = _WITH_MORE.get(directory.architecture)
@@ -101,6 +102,17 @@ def table_for(directory: ModelDirectory, *, predicts_more: bool = False) -> Weig
             f"layers for multi-token prediction are trained for {', '.join(sorted(_WITH_MORE))} alone",
             "Remove the key: the layers then pass through export unchanged.",
         )
+    return checked_table(directory, make)
+
+
+def checked_table(
+    directory: ModelDirectory, make: Callable[[Mapping[str, Any], Collection[str]], WeightTable]
+) -> WeightTable:
+    """The table that `make` makes for a directory, checked against its tensors.
+
+    Raises:
+        InputError: a config without a needed key, or tensors that do not fit.
+    """
     if not (directory.config.get("text_config") or directory.config).get("is_causal", True):
         raise InputError(
             f"is_causal in {directory.path / 'config.json'}",
@@ -117,5 +129,12 @@ def table_for(directory: ModelDirectory, *, predicts_more: bool = False) -> Weig
             f"{directory.architecture} needs it",
             "Save the model's config again.",
         ) from None
+    if not isinstance(table, WeightTable):  # a user's may not be one
+        raise InputError(
+            f"weight table of {directory.architecture}",
+            type(table).__name__,
+            "must return a WeightTable",
+            "Return miles_train.megatron.weights.WeightTable(rows, num_layers).",
+        )
     table.check_directory(directory)
     return table
