@@ -17,31 +17,30 @@ import functools
 import json
 import os
 import platform
+import secrets
 import signal
-import socket
-import statistics
 import subprocess
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from fused import SHAPES, FusedReceiver, Shapes, change, trainer_tensors
 
-from miles_sync import ReceiverTarget, SyncError, WeightSync, serve
+from miles_sync import ReceiverTarget, SyncError, TensorMeta, WeightSync
+from miles_sync.bench.link import MIB, broadcast_rates, device_rates, host_rates, rate, settle
+from miles_sync.bench.measure import Case, Result, measure
+from miles_sync.bench.process import Engine, engine
+from miles_sync.bench.shapes import NAMED, Decoder, change, random_tensors
 from miles_sync.digest import BLOCK_BYTES, Digest, Run, Runs
+from miles_sync.routes import Transport
 from miles_sync.sources import NamedTensors
 
-TOKEN = "the token of this benchmark"
-MIB = 1 << 20
-READY_S = 120.0
-
-Result = dict[str, Any]
+TOKEN = secrets.token_hex(16)
 
 
 @dataclass(frozen=True)
@@ -77,61 +76,36 @@ class Options:
 
 def sync_arm(arm: Arm, options: Options, result: Result, save: Callable[[], None]) -> None:
     """One engine, pushes one after the other."""
-    shapes = fitting(arm, options, result)
-    trainer, engine = options.place(0), options.place(0 if arm.colocated else 1)
-    tensors = trainer_tensors(shapes, trainer, seed=1)
-    source = NamedTensors(tensors.items())
-    result |= {"tensors": len(tensors), "bytes": sum(tensor.nbytes for tensor in tensors.values())}
-    with receiver(shapes, engine) as (port, memory):
-        sync = WeightSync(
-            [ReceiverTarget("127.0.0.1", port)],
-            token=TOKEN,
-            transport=transport_of(arm, options),
-            mode=arm.mode,
-            deadline_s=40.0,
-            bucket_bytes=None if arm.bucket_mib is None else arm.bucket_mib * MIB,
-        )
-        with sync:
-            reports, walls = [], []
-            for version in range(options.repeats + 1):
-                change(tensors, version)
-                settle(trainer)
-                start = time.perf_counter()
-                report = sync.push(source, version)
-                walls.append(time.perf_counter() - start)
-                reports.append(report.as_dict())
-                result["pushes"] = reports
-                save()
-            sync.check(options.repeats, str(reports[-1]["digest"]))
-            result["live_weights_equal"] = True
-        totals = [float(report["total_s"]) for report in reports]
-        steady = totals[2:] or totals
-        result |= {
-            "first_s": totals[0],
-            "second_s": totals[1] if len(totals) > 1 else None,
-            "steady_s": statistics.median(steady),
-            "best_s": min(steady),
-            "wall_steady_s": statistics.median(walls[2:] or walls),
-            "gb_per_s": result["bytes"] / statistics.median(steady) / 1e9,
-            "engine_memory": memory(),
-        }
+    metas = fitting(arm, options, result)
+    case = Case(
+        transport_of(arm, options),
+        arm.mode,
+        trainer=options.place(0),
+        engine=options.place(0 if arm.colocated else 1),
+        bucket_bytes=None if arm.bucket_mib is None else arm.bucket_mib * MIB,
+    )
+
+    def keep(found: Result) -> None:
+        result.update(found)
+        save()
+
+    result |= measure(case, metas, options.repeats, keep)
 
 
 def fault_arm(arm: Arm, options: Options, result: Result, save: Callable[[], None]) -> None:
     """Receivers that die or freeze in the middle of a transfer; then a fresh one."""
-    shapes = fitting(arm, options, result)
-    tensors = trainer_tensors(shapes, options.place(0), seed=1)
+    metas = fitting(arm, options, result)
+    tensors = random_tensors(metas, options.place(0), seed=1)
     source = NamedTensors(tensors.items())
     settings = {"token": TOKEN, "transport": transport_of(arm, options), "mode": arm.mode, "deadline_s": 8.0}
     for how in (signal.SIGKILL, signal.SIGSTOP):
-        with receiver(shapes, options.place(1)) as (port, _), contextlib.ExitStack() as stack:
-            sync = stack.enter_context(WeightSync([ReceiverTarget("127.0.0.1", port)], **settings))
+        with started(metas, options.place(1)) as process, contextlib.ExitStack() as stack:
+            sync = stack.enter_context(WeightSync([ReceiverTarget("127.0.0.1", process.port)], **settings))
             sync.push(source, 0)  # the first makes the connections
             base = sync.push(source, 1)
             change(tensors, 2)
             settle(options.place(0))
-            pid = children[-1].pid
-            timer = threading.Timer(0.4 * base.total_s, os.kill, (pid, how))
+            timer = threading.Timer(0.4 * base.total_s, os.kill, (process.pid, how))
             timer.start()
             start = time.perf_counter()
             try:
@@ -141,8 +115,8 @@ def fault_arm(arm: Arm, options: Options, result: Result, save: Callable[[], Non
                 outcome = f"{type(error).__name__}: {error}"
             result[how.name] = {"error": outcome, "seconds": time.perf_counter() - start, "deadline_s": 8.0}
             save()
-    with receiver(shapes, options.place(1)) as (port, _):
-        with WeightSync([ReceiverTarget("127.0.0.1", port)], **settings) as sync:
+    with started(metas, options.place(1)) as process:
+        with WeightSync([ReceiverTarget("127.0.0.1", process.port)], **settings) as sync:
             report = sync.push(source, 2)
             sync.check(2, report.digest)
         result["retry"] = {"total_s": report.total_s, "live_weights_equal": True}
@@ -150,17 +124,18 @@ def fault_arm(arm: Arm, options: Options, result: Result, save: Callable[[], Non
 
 def trainer_killed_arm(arm: Arm, options: Options, result: Result, save: Callable[[], None]) -> None:
     """A trainer that is killed in the middle of a transfer in place; the engine is dirty, the next trainer heals it."""
-    shapes = fitting(arm, options, result)
-    with receiver(shapes, options.place(1)) as (port, _):
-        command = [sys.executable, __file__, "--doomed", str(port), "--model", result["model"], "--layers"]
-        command += [str(shapes.layers), "--device", options.device, "--transport", transport_of(arm, options)]
-        child = subprocess.run(command, timeout=80, check=False, capture_output=True, text=True)
+    metas = fitting(arm, options, result)
+    with started(metas, options.place(1)) as process:
+        command = [sys.executable, __file__, "--doomed", str(process.port), "--model", result["model"], "--layers"]
+        command += [str(result["layers"]), "--device", options.device, "--transport", transport_of(arm, options)]
+        environment = {**os.environ, _TOKEN_VARIABLE: TOKEN}
+        child = subprocess.run(command, timeout=80, check=False, capture_output=True, text=True, env=environment)
         result["trainer_exit"] = child.returncode
         result["trainer_said"] = (child.stdout + child.stderr)[-2000:]
         save()
-        tensors = trainer_tensors(shapes, options.place(0), seed=2)
+        tensors = random_tensors(metas, options.place(0), seed=2)
         settings = {"token": TOKEN, "transport": transport_of(arm, options), "mode": arm.mode, "deadline_s": 20.0}
-        with WeightSync([ReceiverTarget("127.0.0.1", port)], **settings) as sync:
+        with WeightSync([ReceiverTarget("127.0.0.1", process.port)], **settings) as sync:
             before = sync.status()[0]
             result["after_kill"] = {"version": before.version, "dirty": before.dirty}
             version = max(before.version or 0, 1) + 1
@@ -171,12 +146,14 @@ def trainer_killed_arm(arm: Arm, options: Options, result: Result, save: Callabl
 
 def doomed(args: argparse.Namespace) -> None:
     """The trainer that is killed."""
-    shapes = resized(SHAPES[args.model], args.layers)
+    metas = replace(NAMED[args.model], layers=args.layers).tensors()
     options = Options(args.device, 1, False)
-    tensors = trainer_tensors(shapes, options.place(0), seed=1)
+    tensors = random_tensors(metas, options.place(0), seed=1)
     source = NamedTensors(tensors.items())
     target = ReceiverTarget("127.0.0.1", args.doomed)
-    sync = WeightSync([target], token=TOKEN, transport=args.transport, mode="in_place", deadline_s=10.0)
+    sync = WeightSync(
+        [target], token=os.environ[_TOKEN_VARIABLE], transport=args.transport, mode="in_place", deadline_s=10.0
+    )
     sync.push(source, 0)
     base = sync.push(source, 1)
     threading.Timer(0.4 * base.total_s, os.kill, (os.getpid(), signal.SIGKILL)).start()
@@ -187,46 +164,14 @@ def doomed(args: argparse.Namespace) -> None:
 def link_arm(arm: Arm, options: Options, result: Result, save: Callable[[], None]) -> None:
     """What the hardware does: copies within and between devices, torch's own NCCL broadcast."""
     if options.device == "cpu":
-        one, other = torch.zeros(256 * MIB, dtype=torch.uint8), torch.ones(256 * MIB, dtype=torch.uint8)
-        result["memcpy_gb_per_s"] = rate(lambda: other.copy_(one), one.nbytes, options.place(0))
+        result |= host_rates(256 * MIB, 5)
         return
+    several = torch.cuda.device_count() > 1
     for mib in (192, 2048):
-        one = torch.zeros(mib * MIB, dtype=torch.uint8, device="cuda:0")
-        other = torch.empty_like(one)
-        result[f"device_memcpy_{mib}_mib_gb_per_s"] = rate(functools.partial(other.copy_, one), one.nbytes, one.device)
-        if torch.cuda.device_count() > 1:
-            far = torch.empty_like(one, device="cuda:1")
-            result[f"peer_copy_{mib}_mib_gb_per_s"] = rate(functools.partial(far.copy_, one), one.nbytes, one.device)
+        result |= device_rates(options.place(0), options.place(int(several)), mib)
         save()
-    if torch.cuda.device_count() > 1:
-        with socket.create_server(("127.0.0.1", 0)) as taken:
-            port = taken.getsockname()[1]
-        ranks = [
-            subprocess.Popen(
-                [sys.executable, __file__, "--link-rank", str(rank), "--port", str(port)],
-                stdout=subprocess.PIPE,
-                text=True,
-            )
-            for rank in range(2)
-        ]
-        children.extend(ranks)
-        result["nccl_broadcast_gb_per_s"] = json.loads(ranks[0].communicate(timeout=60)[0].splitlines()[-1])
-        ranks[1].wait(20)
-
-
-def link_rank(args: argparse.Namespace) -> None:
-    """One rank of torch's own broadcast, in processes that do nothing else."""
-    import torch.distributed as dist  # noqa: PLC0415 - only here is there a default group
-
-    torch.cuda.set_device(args.link_rank)
-    dist.init_process_group("nccl", f"tcp://127.0.0.1:{args.port}", rank=args.link_rank, world_size=2)
-    found = {}
-    for mib in (16, 64, 128, 192, 256, 2048):
-        data = torch.empty(mib * MIB, dtype=torch.uint8, device="cuda")
-        found[f"{mib}_mib"] = rate(functools.partial(dist.broadcast, data, 0), data.nbytes, data.device)
-    if args.link_rank == 0:
-        say(json.dumps(found))
-    dist.destroy_process_group()
+    if several:
+        result["nccl_broadcast_gb_per_s"] = broadcast_rates((16, 64, 128, 192, 256, 2048))
 
 
 def digest_arm(arm: Arm, options: Options, result: Result, save: Callable[[], None]) -> None:
@@ -258,112 +203,52 @@ ARMS = [
     Arm("8b-nccl-staged", sync_arm, "8b", mode="staged"),
     Arm("8b-ipc-in_place", sync_arm, "8b", "ipc"),
     Arm("8b-ipc-colocated-in_place", sync_arm, "8b", "ipc", colocated=True, gpus=1),
-    Arm("30b-nccl-in_place", sync_arm, "30b", limit_s=120),
-    Arm("30b-ipc-colocated-in_place", sync_arm, "30b", "ipc", colocated=True, limit_s=120, gpus=1),
+    Arm("30b-nccl-in_place", sync_arm, "30b-a3b", limit_s=120),
+    Arm("30b-ipc-colocated-in_place", sync_arm, "30b-a3b", "ipc", colocated=True, limit_s=120, gpus=1),
     Arm("faults-nccl", fault_arm, "8b", limit_s=120),
     Arm("trainer-killed-nccl", trainer_killed_arm, "8b", limit_s=120),
     Arm("8b-nccl-64mib", sync_arm, "8b", bucket_mib=64),
     Arm("8b-nccl-128mib", sync_arm, "8b", bucket_mib=128),
     Arm("8b-nccl-240mib", sync_arm, "8b", bucket_mib=240),
-    Arm("30b-ipc-in_place", sync_arm, "30b", "ipc", limit_s=120),
+    Arm("30b-ipc-in_place", sync_arm, "30b-a3b", "ipc", limit_s=120),
     Arm("8b-ipc-staged", sync_arm, "8b", "ipc", mode="staged"),
 ]
 
 
 # -- what arms share -----------------------------------------------------------------------------------
 
-children: list[subprocess.Popen[str]] = []
+_TOKEN_VARIABLE = "MILES_SYNC_BENCH_TOKEN"
 
 
-def transport_of(arm: Arm, options: Options) -> Any:
+def transport_of(arm: Arm, options: Options) -> Transport:
     """What stands in for it without a GPU."""
-    return (
-        {"nccl": "gloo", "ipc": "shm"}.get(arm.transport, arm.transport) if options.device == "cpu" else arm.transport
-    )
+    if options.device != "cpu":
+        return arm.transport
+    return "gloo" if arm.transport in ("nccl", "gloo") else "shm"
 
 
-def fitting(arm: Arm, options: Options, result: Result) -> Shapes:
-    """The model, with fewer layers where it does not fit."""
-    name = {"8b": "tiny", "30b": "tiny-moe"}[arm.model] if options.tiny else arm.model
-    shapes = SHAPES[name]
-    layers = shapes.layers
+def fitting(arm: Arm, options: Options, result: Result) -> list[TensorMeta]:
+    """The model's tensors, of fewer layers where it does not fit."""
+    name = {"8b": "tiny", "30b-a3b": "tiny-moe"}[arm.model] if options.tiny else arm.model
+    decoder = NAMED[name]
+    layers = decoder.layers
     if options.device != "cpu":
         copies = 2 if arm.colocated or arm.mode == "staged" else 1
         free = torch.cuda.mem_get_info(0)[0] - 6 * (1 << 30)
-        while shapes.nbytes() * copies > free and shapes.layers > 1:
-            shapes = resized(shapes, shapes.layers - 1)
-    result |= {"model": name, "layers": shapes.layers, "layers_of_the_model": layers}
-    return shapes
+        while nbytes(decoder) * copies > free and decoder.layers > 1:
+            decoder = replace(decoder, layers=decoder.layers - 1)
+    result |= {"model": name, "layers": decoder.layers, "layers_of_the_model": layers}
+    return decoder.tensors()
 
 
-def resized(shapes: Shapes, layers: int) -> Shapes:
-    """The same with another number of layers."""
-    return Shapes(**{**vars(shapes), "layers": layers})
+def nbytes(decoder: Decoder) -> int:
+    """Of its tensors."""
+    return sum(meta.nbytes for meta in decoder.tensors())
 
 
-@contextlib.contextmanager
-def receiver(shapes: Shapes, device: torch.device) -> Iterator[tuple[int, Callable[[], Result]]]:
-    """An engine process: its port, and what its device memory did."""
-    memory = Path(os.environ["MILES_SYNC_BENCH_DIR"]) / f"memory-{time.time_ns()}.json"
-    command = [sys.executable, __file__, "--receive", json.dumps(vars(shapes)), "--device", str(device)]
-    child = subprocess.Popen([*command, "--memory", str(memory)], stdout=subprocess.PIPE, text=True)
-    children.append(child)
-    try:
-        timer = threading.Timer(READY_S, child.kill)
-        timer.start()
-        assert child.stdout is not None
-        line = child.stdout.readline()
-        timer.cancel()
-        if not line.startswith("port "):
-            raise RuntimeError(f"the receiver did not start: {line!r}")
-        yield int(line.split()[1]), lambda: json.loads(memory.read_text()) if memory.exists() else {}
-    finally:
-        child.kill()
-        child.wait(20)
-
-
-def receive(args: argparse.Namespace) -> None:
-    """The engine process."""
-    torch.set_num_threads(1)
-    device = torch.device(args.device)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    engine = FusedReceiver(Shapes(**json.loads(args.receive)), device)
-    with serve(engine, token=TOKEN) as server:
-        say(f"port {server.port}")
-        if device.type != "cuda":
-            server.wait()
-        base = peak = 0
-        while True:
-            free, total = torch.cuda.mem_get_info(device)
-            used = total - free
-            if not base or used > peak:
-                base, peak = base or used, max(peak, used)
-                Path(args.memory).write_text(
-                    json.dumps({"before_bytes": base, "peak_bytes": peak, "extra_bytes": peak - base})
-                )
-            time.sleep(0.01)
-
-
-def settle(device: torch.device) -> None:
-    """Wait for a device."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def rate(act: Callable[[], object], nbytes: int, device: torch.device) -> float:
-    """Best of five, ten calls each, in GB/s."""
-    calls = 10 if device.type == "cuda" else 1
-    act()
-    settle(device)
-    best = float("inf")
-    for _ in range(5):
-        start = time.perf_counter()
-        for _ in range(calls):
-            act()
-        settle(device)
-        best = min(best, time.perf_counter() - start)
-    return calls * nbytes / best / 1e9
+def started(metas: list[TensorMeta], device: torch.device) -> contextlib.AbstractContextManager[Engine]:
+    """An engine process."""
+    return engine(metas, device, TOKEN)
 
 
 def say(text: str) -> None:
@@ -408,17 +293,11 @@ def run_arm(args: argparse.Namespace) -> None:
         raise
     finally:
         save()
-        for child in children:
-            child.kill()
 
 
 def main() -> None:
     """Run arms and write what they found."""
     args = parsed()
-    if args.receive:
-        return receive(args)
-    if args.link_rank is not None:
-        return link_rank(args)
     if args.doomed:
         return doomed(args)
     if args.arm:
@@ -455,7 +334,6 @@ def one_arm(arm: Arm, args: argparse.Namespace, scratch: Path) -> Result:
     # Without multicast, as these machines are set; and memory that another process can map.
     environment = {
         **os.environ,
-        "MILES_SYNC_BENCH_DIR": str(scratch),
         "NCCL_NVLS_ENABLE": "0",
         "OMP_NUM_THREADS": "1",
     }
@@ -489,9 +367,9 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--device", default="cuda", help='"cpu" tries the script without a GPU')
     parser.add_argument("--tiny", action="store_true", help="models of a few MB")
     parser.add_argument("--budget-s", type=float, default=460.0, help="no arm is started later")
-    for inner in ("--receive", "--arm", "--memory", "--model", "--transport"):
+    for inner in ("--arm", "--model", "--transport"):
         parser.add_argument(inner, help=argparse.SUPPRESS)
-    for inner in ("--link-rank", "--port", "--doomed", "--layers"):
+    for inner in ("--doomed", "--layers"):
         parser.add_argument(inner, type=int, help=argparse.SUPPRESS)
     return parser.parse_args()
 
