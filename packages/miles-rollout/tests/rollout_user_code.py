@@ -71,8 +71,9 @@ def give_no_total() -> dict[str, float]:
 
 
 def fork_without_end() -> None:
-    while True:
+    for _ in range(7):  # 128 processes: enough to be noticed, and no danger to a machine whose owner looks away
         os.fork()
+    time.sleep(1000)
 
 
 def hide_a_process() -> None:
