@@ -62,18 +62,26 @@ class Staging:
         name: For messages and errors.
         remote_orders: Whether Prepare and Commit come through the owner of the weights, by `order`, and not
             on the channel (an engine, whose main loop alone may touch them).
+        committed: Version and digest that its weights have already; None where they came from elsewhere.
     """
 
-    def __init__(self, receiver: Receiver, name: str, *, remote_orders: bool = False) -> None:
-        """Start with nothing committed."""
+    def __init__(
+        self,
+        receiver: Receiver,
+        name: str,
+        *,
+        remote_orders: bool = False,
+        committed: tuple[int, str] | None = None,
+    ) -> None:
+        """Start with no transaction."""
         self._receiver = receiver
         self._name = name
         self._remote_orders = remote_orders
         self._lock = threading.RLock()
         self._channel: Channel | None = None
         self._unread: Message | None = None  # heard in the middle of a transfer
-        self._committed: tuple[int, str] | None = None  # version, digest
-        self._baseline: Callable[[], str] | None = None
+        self._committed = committed
+        self._baseline: Callable[[], str] | None = None if committed is None else lambda: committed[1]
         self._dirty = False
         self._checked = ""  # the layout that the receiver has been checked against
         self._arrival = Arrival(receiver)

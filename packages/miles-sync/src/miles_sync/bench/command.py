@@ -10,7 +10,6 @@ miles-sync verify path/to/checkpoint --target http://127.0.0.1:30000        the 
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import os
 import sys
@@ -80,9 +79,12 @@ def _cases(args: argparse.Namespace) -> list[Case]:
     trainer, engine = _places(args)
     ways = args.transport or _WAYS[trainer.type]
     bucket = None if args.bucket_mib is None else args.bucket_mib << 20
+    digests = (True, False) if args.no_digest else (True,)
     cases = [
         Case(way, mode, digest, trainer, engine, bucket, args.deadline_s)
-        for way, mode, digest in itertools.product(ways, args.mode, (True, False) if args.no_digest else (True,))
+        for way in ways
+        for mode in args.mode
+        for digest in digests
     ]
     for case in cases:
         if (case.transport in ("nccl", "ipc")) != (trainer.type == "cuda") and case.transport != "gloo":

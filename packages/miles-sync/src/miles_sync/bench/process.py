@@ -74,8 +74,9 @@ def engine(metas: Sequence[TensorMeta], device: torch.device, token: str) -> Ite
         child.kill()
         child.wait(20)
         for pipe in (child.stdin, child.stdout):
-            with contextlib.suppress(OSError):
-                pipe and pipe.close()
+            if pipe is not None:
+                with contextlib.suppress(OSError):
+                    pipe.close()
 
 
 def run_engine(device: torch.device) -> None:
