@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from miles_core.types import VersionSpan
 from miles_rollout.engine import Completion, SamplingParams
 from miles_rollout.errors import EngineError, EngineUnavailable
+
+sys.path.insert(0, str(Path(__file__).parent))  # for the modules that these tests share
 
 CHARACTERS = "0123456789=ab"
 EOS = len(CHARACTERS)

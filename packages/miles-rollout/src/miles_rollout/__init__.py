@@ -2,7 +2,7 @@
 
 from miles_rollout.engine import Completion, Engine, SamplingParams
 from miles_rollout.errors import EngineDied, EngineError, EngineStartError, EngineUnavailable
-from miles_rollout.generate import GenerateContext, GenerateFn, single_turn
+from miles_rollout.generate import GenerateContext, GenerateFn, LostSample, Tool, multi_turn, single_turn
 from miles_rollout.rewards import InProcessJudge, Judge, Verdict
 from miles_rollout.tokenizer import Tokenizer
 from miles_rollout.worker import Dropped, Rollout, RolloutWorker, WorkerSettings, sample_seed
@@ -15,7 +15,10 @@ __all__ = [  # noqa: RUF022 (grouped by subject)
     # generating
     "GenerateContext",
     "GenerateFn",
+    "LostSample",
     "Tokenizer",
+    "Tool",
+    "multi_turn",
     "single_turn",
     # judging
     "InProcessJudge",

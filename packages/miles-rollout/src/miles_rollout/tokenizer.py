@@ -108,7 +108,7 @@ class Tokenizer:
                 chat_template=self._template,
                 tools=None if tools is None else [dict(tool) for tool in tools],
                 add_generation_prompt=add_generation_prompt,
-                **{**self._special, **variables},  # pyright: ignore[reportArgumentType]  names the template may use
+                **{**self._special, **variables},  # names the template may use
             )
         except TemplateError as error:
             raise InputError(

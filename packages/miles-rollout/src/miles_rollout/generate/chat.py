@@ -1,9 +1,9 @@
-"""A conversation as tokens: the chat template renders, and only what is new is tokenised.
+r"""A conversation as tokens: the chat template renders, and only what is new is tokenised.
 
 The model's second turn, with what the engine saw and made as it was (`=`) and what is tokenised now (`+`):
 
-    turn 1   = <|im_start|>user\\n2+2?<|im_end|>\\n<|im_start|>assistant\\n    = <tool_call>...</tool_call><|im_end|>
-    turn 2   + \\n<|im_start|>tool\\n4<|im_end|>\\n<|im_start|>assistant\\n
+    turn 1   = <|im_start|>user\n2+2?<|im_end|>\n<|im_start|>assistant\n    = <tool_call>...</tool_call><|im_end|>
+    turn 2   + \n<|im_start|>tool\n4<|im_end|>\n<|im_start|>assistant\n
 
 The new text is what the template writes after a reply, found by rendering the conversation with a mark in place of
 that reply. So a reply is never written out and tokenised again, and a template that would write it differently (other
@@ -33,7 +33,7 @@ class NewTokens:
         ids: tokens of the new text alone, int32 [N].
         rendered: the whole conversation by the template, the assistant's turn opened at its end.
         rewritten: the template renders the turns before differently now that they have successors (thoughts of
-            earlier turns left out, say), so `rendered` no longer begins with what it was. The tokens do all the same.
+            earlier turns left out, say): n + 1 turns rendered do not begin with n turns rendered. The tokens do.
     """
 
     ids: Ints
@@ -93,9 +93,11 @@ class ChatFormat:
                 "Put a chat_template.jinja beside the model that does.",
             )
         text = text.removeprefix(ended_by)
-        rendered = self._render([*history, reply, *new])
-        rewritten = not (marked.startswith(before) and rendered.startswith(before) and rendered.endswith(text))
-        return NewTokens(np.asarray(self.tokenizer.encode_more(text), np.int32), rendered, rewritten)
+        rendered, closed = self._render([*history, reply, *new]), self._render([*history, reply], opened=False)
+        kept = rendered.startswith(before) and rendered.startswith(closed) and rendered.endswith(text)
+        return NewTokens(np.asarray(self.tokenizer.encode_more(text), np.int32), rendered, rewritten=not kept)
 
-    def _render(self, messages: Sequence[Message]) -> str:
-        return self.tokenizer.render(messages, tools=self.tools or None, variables=self.variables)
+    def _render(self, messages: Sequence[Message], *, opened: bool = True) -> str:
+        return self.tokenizer.render(
+            messages, tools=self.tools or None, add_generation_prompt=opened, variables=self.variables
+        )

@@ -72,7 +72,9 @@ class _Talk:
         new, turns, ended = self.chat.open(messages), list[Turn](), ""
         try:
             while not ended:
-                turn, calls = await self._reply(turns[-1] if turns else None, messages, new, turn_seed(seed, len(turns)))
+                turn, calls = await self._reply(
+                    turns[-1] if turns else None, messages, new, turn_seed(seed, len(turns))
+                )
                 if turn is None:
                     ended = "max_total_tokens"
                     break

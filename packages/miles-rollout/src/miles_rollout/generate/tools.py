@@ -51,7 +51,7 @@ class Tool:
         Raises:
             InputError: it is not async, or type hints or descriptions are missing.
         """
-        from transformers.utils import get_json_schema  # noqa: PLC0415  takes a second
+        from transformers.utils.chat_template_utils import get_json_schema  # noqa: PLC0415  takes a second
 
         setting = f"tool {getattr(function, '__name__', function)}"
         if not inspect.iscoroutinefunction(function):
@@ -131,7 +131,12 @@ async def answer(call: ToolCall, tools: Mapping[str, Tool], timeout_s: float) ->
         tools: by name.
         timeout_s: seconds that the tool has.
     """
-    return {"role": "tool", "tool_call_id": call.id, "name": call.name, "content": await _result(call, tools, timeout_s)}
+    return {
+        "role": "tool",
+        "tool_call_id": call.id,
+        "name": call.name,
+        "content": await _result(call, tools, timeout_s),
+    }
 
 
 async def _result(call: ToolCall, tools: Mapping[str, Tool], timeout_s: float) -> str:
@@ -139,8 +144,9 @@ async def _result(call: ToolCall, tools: Mapping[str, Tool], timeout_s: float) -
         return f"Error: {call.error}"
     if call.name not in tools:
         return f"Error: there is no tool {call.name!r}. There are: {', '.join(sorted(tools)) or 'none'}."
+    limit = asyncio.timeout(timeout_s)
     try:
-        async with asyncio.timeout(timeout_s) as limit:
+        async with limit:
             result = await tools[call.name].call(**json.loads(call.arguments))
         text = result if isinstance(result, str) else json.dumps(result, ensure_ascii=False)
     except Exception as error:  # noqa: BLE001  whatever a tool raises is an answer to the model
