@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import gc
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -288,11 +289,15 @@ class MegatronTrainer:
         self._weights.export(Path(path), max_shard_bytes=max_shard_bytes)
 
     def close(self) -> None:
-        """Finish an asynchronous save and leave the process group. The object is of no use afterwards."""
+        """Finish an asynchronous save, leave the process group and give memory back. No method may be called again."""
         try:
             self._checkpoints.wait()
         finally:
             runtime.stop()
+            # The model, its optimizer and the groups refer to each other: left to chance, threads of closed groups and
+            # the GPU's memory would stay taken in a process that goes on to build another trainer.
+            vars(self).clear()
+            gc.collect()
 
 
 def _whole_step(minibatches: Sequence[Batch]) -> Batch:
