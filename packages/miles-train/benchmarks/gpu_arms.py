@@ -174,14 +174,14 @@ def stock_0_6b(bench: Bench) -> dict[str, Any]:
 
 def ours_8b(bench: Bench) -> dict[str, Any]:
     """Qwen3-8B's shapes at two depths that fit with their optimizer state; the whole model is extrapolated."""
-    shallow, deep = (8, 18) if bench.memory_gib > 100 else (3, 8)
+    shallow, deep = (6, 12) if bench.memory_gib > 100 else (3, 6)
     return _by_depth(bench, gpu_models.QWEN3_8B, shallow, deep, 8192)
 
 
 def ours_30b_a3b(bench: Bench) -> dict[str, Any]:
     """Layers of Qwen3-30B-A3B, all 128 experts, at two depths that fit with their optimizer state."""
-    shallow, deep = (3, 6) if bench.memory_gib > 100 else (1, 3)
-    return _by_depth(bench, gpu_models.QWEN3_30B_A3B, shallow, deep, 16384)
+    shallow, deep = (2, 4) if bench.memory_gib > 100 else (1, 2)
+    return _by_depth(bench, gpu_models.QWEN3_30B_A3B, shallow, deep, 8192)
 
 
 ARMS: Mapping[str, Callable[[Bench], dict[str, Any]]] = {
