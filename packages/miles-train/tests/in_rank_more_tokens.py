@@ -9,9 +9,7 @@ import json
 import numpy as np
 import torch
 from in_rank_reference import (
-    NegativeLogLikelihood,
     changed_tensors,
-    gradient_of,
     make_reference_model,
     stored_gradients,
 )
@@ -20,6 +18,8 @@ from safetensors.torch import load_file, save_file
 from train_tiny import batch_of
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from miles_train.comparison import negative_log_likelihood
+from miles_train.megatron.gradients import gradient_of
 from miles_train.megatron.trainer import Hooks
 from miles_train.megatron.weights.convert import hf_weights
 from miles_train.megatron.weights.names import global_tensors
@@ -58,7 +58,7 @@ def compare(address, path, settings=None):
         **(settings or {}),
     }
     hooks = Hooks(after_model_init=chunks.extend)
-    trainer = make_trainer(address, path, settings, NegativeLogLikelihood(), hooks=hooks, micro_batch_tokens=30)
+    trainer = make_trainer(address, path, settings, negative_log_likelihood, hooks=hooks, micro_batch_tokens=30)
     batch = batch_of()
     ours_logprobs = trainer.logprobs(batch)
     changed = changed_tensors(trainer, path)

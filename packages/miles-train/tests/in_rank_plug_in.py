@@ -5,11 +5,12 @@ from pathlib import Path
 
 import torch
 from in_rank_layouts import LINEAR
-from in_rank_reference import NegativeLogLikelihood, ours_logits
+from in_rank_reference import ours_logits
 from in_rank_trainer import make_trainer
 from train_tiny import batch_of
 
 from miles_core.errors import InputError
+from miles_train.comparison import negative_log_likelihood
 from miles_train.megatron import runtime
 from miles_train.megatron.families import Family, load_family
 from miles_train.model_dir import open_model_directory
@@ -61,7 +62,7 @@ def reference_logits(path, tokens):
 
 def train(address, path, folder):
     """Logits of both; then the losses of some steps; what was exported before them."""
-    trainer = make_trainer(address, path, {"lr": 1e-2}, NegativeLogLikelihood(), family=FAMILY)
+    trainer = make_trainer(address, path, {"lr": 1e-2}, negative_log_likelihood, family=FAMILY)
     trainer.export(folder / "hf")
     batch = batch_of()
     tokens = torch.from_numpy(batch.take([0]).tokens).long()
@@ -73,7 +74,7 @@ def train(address, path, folder):
 
 def logprobs_and_checkpoint(address, path, settings, folder):
     """Logprobs before and after a step, which is saved in one layout and loaded in this one."""
-    trainer = make_trainer(address, path, {**LINEAR, **settings}, NegativeLogLikelihood(), family=FAMILY)
+    trainer = make_trainer(address, path, {**LINEAR, **settings}, negative_log_likelihood, family=FAMILY)
     mine = batch_of().take(range(trainer.shard, 12, trainer.num_shards))
     before = trainer.logprobs(mine)
     trainer.step([mine])

@@ -1,5 +1,6 @@
 """The `miles` command."""
 
+import json
 import os
 import sys
 from collections.abc import Callable
@@ -18,6 +19,7 @@ app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pret
 
 RecipeArgument = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe, e.g. recipes/quickstart.toml.")]
 SetOption = Annotated[list[str], typer.Option("--set", help="Override a key: train.megatron.lr=2e-6. May be repeated.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 RunsOption = Annotated[Path, typer.Option("--runs", help="Folder that holds the folders of runs.")]
 
 
@@ -56,6 +58,24 @@ def doctor(runs: RunsOption = Path("runs")) -> None:
     from miles_launch.doctor import print_report  # noqa: PLC0415 (as above)
 
     raise typer.Exit(print_report(runs, {"cluster.dashboard_port": DEFAULT_DASHBOARD_PORT}))
+
+
+@app.command()
+def verify(
+    directory: Annotated[Path, typer.Argument(metavar="HF_DIR", help="A Hugging Face model directory.")],
+    overrides: SetOption = [],  # noqa: B006 (as above)
+    as_json: JsonOption = False,
+) -> None:
+    """Compare HF_DIR in the trainer with transformers; exit code 1 if they differ, 2 if one of them cannot load it."""
+    from miles_launch import verify as tool  # noqa: PLC0415 (seconds)
+
+    with Terminal(stderr=True).status("reading headers") as status:
+        report = tool.verify(directory, overrides, status.update)
+    if as_json:
+        typer.echo(json.dumps(report, indent=1))
+    else:
+        tool.print_report(report, Terminal())
+    raise typer.Exit(0 if report["holds"] else 1)
 
 
 def main() -> None:

@@ -4,6 +4,7 @@ Keys of the engines keep upstream's own names and pass through verbatim: `[rollo
 installed SGLang, `[train.megatron]` by Megatron's own parser, both before a process starts.
 """
 
+import copy
 import difflib
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
@@ -294,10 +295,19 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         InputError: the file cannot be read, or a key or value is wrong.
     """
-    table = _read_with_parent(path)
+    return override_recipe(_read_with_parent(path), overrides, str(path))
+
+
+def override_recipe(table: Mapping[str, Any], overrides: Sequence[str], origin: str = "the defaults") -> Recipe:
+    """Validate a recipe given as nested mappings, with overrides as `load_recipe` takes them.
+
+    Raises:
+        InputError: for the first wrong key or value; `origin` is named in it.
+    """
+    overridden = copy.deepcopy(dict(table))
     for override in overrides:
-        _apply(table, override)
-    return check_recipe(table, str(path))
+        _apply(overridden, override)
+    return check_recipe(overridden, origin)
 
 
 def check_recipe(table: Mapping[str, Any], origin: str) -> Recipe:

@@ -12,6 +12,7 @@ Ranks of one shard hold parts of one copy of the model and must be given the sam
 differently, over all ranks of a pipeline stage, which takes no part in how a batch is addressed.
 """
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -194,3 +195,13 @@ def _check_experts(megatron: Mapping[str, Any], layout: Layout, *, has_experts: 
         if megatron.get(key, 1) != 1:
             rule = "must be 1: the model has no experts"
             raise InputError(f"{SECTION}.{key}", megatron[key], rule, "Remove the key.")
+
+
+def fewest_ranks(megatron: Mapping[str, Any]) -> int:
+    """The smallest number of ranks that `[train.megatron]` can divide a model over: one copy of it."""
+    size = {name: megatron.get(key) or 1 for name, key in _KEYS.items()}
+    dense = size["tensor"] * size["context"] * size["pipeline"]
+    expert_tensor = megatron.get(_KEYS["expert_tensor"]) or size["tensor"]
+    if size["expert"] == 1 and _KEYS["expert_tensor"] not in megatron:
+        return dense
+    return math.lcm(dense, expert_tensor * size["expert"] * size["pipeline"])

@@ -65,13 +65,13 @@ class ModelWeights:
         return pieces(self._find(), self._parts())
 
     def gathered(self, tensors: Mapping[str, Tensor], device: torch.device) -> Iterator[tuple[str, Tensor]]:
-        """Yield whole tensors of what lies beside the parameters (their gradients), as `whole` does; collective.
+        """Yield whole tensors of what lies beside the parameters (their gradients), tied ones once; collective.
 
         Args:
             tensors: of this rank, float32, by the global name of the parameter, which gives the shape.
             device: of the model.
         """
-        wide = [replace(placed, dtype=torch.float32) for placed in self._find()]
+        wide = [replace(placed, dtype=torch.float32) for placed in self._find() if placed.name not in self._ties]
         yield from gathered(wide, LocalParts(self._share, tensors), device)
 
     def export(self, path: Path, *, max_shard_bytes: int = hf_export.MAX_SHARD_BYTES) -> None:
