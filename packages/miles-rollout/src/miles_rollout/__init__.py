@@ -1,5 +1,7 @@
 """Generating samples: engines, rollout workers and rewards."""
 
+from miles_rollout.curriculum import Curriculum, CurriculumSettings
+from miles_rollout.dynamic import DynamicSampling
 from miles_rollout.engine import Completion, Engine, SamplingParams
 from miles_rollout.errors import EngineDied, EngineError, EngineStartError, EngineUnavailable
 from miles_rollout.generate import GenerateContext, GenerateFn, LostSample, Tool, multi_turn, single_turn
@@ -24,6 +26,10 @@ __all__ = [  # noqa: RUF022 (grouped by subject)
     "InProcessJudge",
     "Judge",
     "Verdict",
+    # choosing what to learn from
+    "Curriculum",
+    "CurriculumSettings",
+    "DynamicSampling",
     # the worker
     "Dropped",
     "Rollout",
