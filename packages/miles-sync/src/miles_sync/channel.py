@@ -27,6 +27,9 @@ from miles_sync.errors import AuthError, DeadlineError, PeerLostError, ProtocolE
 from miles_sync.messages import Message
 
 MIN_TOKEN_CHARS = 16
+TOKEN_VARIABLE = "MILES_SYNC_TOKEN"
+"""The environment variable that gives an engine, or a command, its token."""
+
 MAX_FRAME_BYTES = 1 << 28
 """256 MiB: room for a manifest of a million entries; anything longer is not ours."""
 

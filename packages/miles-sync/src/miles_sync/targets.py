@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable
 from typing import Protocol
 
 from miles_sync.channel import Channel, Deadline, dial
+from miles_sync.errors import SyncError
 from miles_sync.messages import Commit, Prepare
 
 
@@ -56,3 +59,25 @@ class ReceiverTarget:
 
     def publish(self, version: str, deadline: Deadline) -> None:
         """Nothing to correct."""
+
+
+class Once:
+    """Sees that the ranks of an engine, which commit the same transaction, send it one request."""
+
+    def __init__(self) -> None:
+        """Nothing was done yet."""
+        self._lock = threading.Lock()
+        self._txn = ""
+        self._error: SyncError | None = None
+
+    def once(self, txn: str, act: Callable[[], None]) -> None:
+        """Act for the first caller of a transaction; the others wait and share what came of it."""
+        with self._lock:
+            if txn != self._txn:
+                self._txn, self._error = txn, None
+                try:
+                    act()
+                except SyncError as error:
+                    self._error = error
+            if self._error is not None:
+                raise self._error

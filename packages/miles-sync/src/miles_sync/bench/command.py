@@ -24,9 +24,9 @@ from miles_sync.bench.measure import Case, Result, measure
 from miles_sync.bench.process import run_engine
 from miles_sync.bench.shapes import NAMED, tensors_of
 from miles_sync.bench.verify import verify_case, verify_running
+from miles_sync.channel import TOKEN_VARIABLE
 from miles_sync.errors import SyncError
 from miles_sync.manifest import TensorMeta
-from miles_sync.sglang.target import TOKEN_VARIABLE
 from miles_sync.transports.shm import available_bytes
 
 _WAYS = {"cpu": ("arena", "shm", "gloo"), "cuda": ("nccl", "ipc")}

@@ -17,24 +17,18 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import logging
-import os
 import sys
-import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 
-from miles_sync.channel import Deadline, dial
-from miles_sync.errors import MismatchError, SyncError
-from miles_sync.manifest import Manifest
-from miles_sync.messages import Commit, Mode, Prepare
-from miles_sync.plan import BoundPlan, bind
-from miles_sync.receivers import Pieces, fingerprint
-from miles_sync.rehearsal import record
+from miles_sync.errors import MismatchError
+from miles_sync.messages import Commit, Prepare
+from miles_sync.planned import PlannedReceiver, attend
 from miles_sync.sglang.command import Attend, Idle, Order, opened
-from miles_sync.sglang.target import TESTED_VERSION, TOKEN_VARIABLE
-from miles_sync.staging import MAX_DEADLINE_S, Staging
+from miles_sync.sglang.target import TESTED_VERSION
+from miles_sync.staging import Staging
 
 # Looked for, not imported: the engine has imported itself, and elsewhere that takes 15 s.
 if importlib.util.find_spec("sglang") is None:
@@ -59,11 +53,10 @@ def load(model: torch.nn.Module, named_tensors: Sequence[tuple[str, torch.Tensor
         staging = _stagings.get(model)
         if staging is None:
             receiver = SGLangReceiver(model)
-            name = "engine" if receiver.ranks == 1 else f"engine, rank {receiver.rank} of {receiver.ranks}"
-            staging = _stagings[model] = Staging(receiver, name, remote_orders=True)
+            staging = _stagings[model] = Staging(receiver, receiver.name, remote_orders=True)
         match opened(named_tensors[0][0]):
-            case Attend() as attend:
-                threading.Thread(target=_attend, args=(staging, attend), name="miles-sync", daemon=True).start()
+            case Attend(host=host, port=port, deadline_s=deadline_s):
+                attend(staging, host, port, deadline_s)
             case Order(what="prepare", txn=txn):
                 staging.order(Prepare(txn))
             case Order(what="commit", txn=txn):
@@ -76,99 +69,29 @@ def load(model: torch.nn.Module, named_tensors: Sequence[tuple[str, torch.Tensor
         _log.exception("miles-sync: a command was not carried out; the weights are unchanged")
 
 
-def _attend(staging: Staging, attend: Attend) -> None:
-    """Connect to a sender and answer it until it goes."""
-    deadline_s = min(max(attend.deadline_s, 1.0), MAX_DEADLINE_S)
-    token = os.environ.get(TOKEN_VARIABLE, "")
-    try:
-        # Without a token the handshake fails on the sender's side, and is named there.
-        channel = dial(attend.host, attend.port, token, Deadline(deadline_s), f"{attend.host}:{attend.port}")
-    except SyncError as error:
-        _log.error("miles-sync: no connection to the sender (is %s set?): %s", TOKEN_VARIABLE, error)
-        return
-    staging.serve(channel, deadline_s)
-
-
-class SGLangReceiver:
-    """The live weights of one rank of an engine, changed by a copy plan recorded from the model's own loader.
-
-    Attributes:
-        device: Of the weights.
-        exact: False: the engine's parameters are fused, sliced and padded.
-        rank: This process among the engine's tensor-parallel ranks.
-        ranks: How many there are.
-    """
-
-    exact = False
+class SGLangReceiver(PlannedReceiver):
+    """The live weights of one rank of an engine, changed by a copy plan recorded from the model's own loader."""
 
     def __init__(self, model: torch.nn.Module) -> None:
         """Receive into `model`, without keeping it alive."""
-        self._ref = weakref.ref(model)
-        self._bound: BoundPlan | None = None
-        self.device = next(model.parameters()).device
-        self.rank, self.ranks = _tensor_parallel()
+        super().__init__(model, *_tensor_parallel())
 
-    @property
-    def _model(self) -> torch.nn.Module:
-        model = self._ref()
-        if model is None:
-            raise MismatchError("the engine has dropped its model", stage="begin")
-        return model
-
-    def check(self, manifest: Manifest) -> None:
-        """Record the plan, writing nothing; raise `MismatchError` unless it writes every weight.
-
-        Must run on the main loop.
-        """
-        self._check_engine()
-        plan = record(self._model, manifest, sliced=self.ranks > 1)
-        if plan.through_loader:
-            reasons = sorted(plan.through_loader.items())
-            _log.info("miles-sync: %d tensors go through the model's own loader, as %s", len(reasons), reasons[0])
-        self._bound = bind(plan, manifest, self._model)
-
-    def begin(self, manifest: Manifest, mode: Mode) -> None:
-        """Get ready for the pieces of a manifest that was checked."""
-        if self._bound is None or self._bound.plan.layout != manifest.layout_id():
-            raise MismatchError("this layout was not checked", stage="begin")
-        if self.device.type == "cuda":
-            # The engine overlaps: when its main loop comes here, or says that it is paused, its last batch may still
-            # run on another stream.
-            torch.cuda.synchronize(self.device)
-        self._bound.begin()
-
-    def install(self, pieces: Pieces) -> None:
-        """Write pieces where the plan says."""
-        assert self._bound is not None
-        self._bound.install(pieces)
-
-    def commit(self, version: int) -> None:
-        """Have the model derive what it derives from its weights. Must run on the main loop."""
-        assert self._bound is not None
-        self._bound.finish()
-
-    def abandon(self) -> None:
-        """Nothing to undo: the next transaction writes every weight."""
-
-    def fingerprint(self) -> Callable[[], str]:
-        """Start digesting the live parameters, as the engine lays them out."""
-        return fingerprint({n: p.detach() for n, p in self._model.named_parameters()})
-
-    def _check_engine(self) -> None:
+    def check_engine(self) -> None:
+        """Raise `MismatchError` for another release, and for weights that were packed after they were loaded."""
         version = importlib.metadata.version("sglang")
         if version != TESTED_VERSION:
             raise MismatchError(
                 f"SGLang {version} is not {TESTED_VERSION}, which this release is tested with",
                 stage="begin",
             )
-        if getattr(self._model, "quant_config", None) is not None:
+        if getattr(self.model, "quant_config", None) is not None:
             raise MismatchError(
                 "the model is quantised: its loaded weights are repacked and cannot be loaded over",
                 stage="begin",
             )
         # On a CPU with AMX the engine packs weights into tiles after loading; writing plain rows over them would
         # serve garbage without an error.
-        if any(getattr(m, "use_intel_amx_backend", False) for m in self._model.modules()):
+        if any(getattr(m, "use_intel_amx_backend", False) for m in self.model.modules()):
             raise MismatchError("the engine packed its weights for AMX: they cannot be loaded over", stage="begin")
 
 

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, Literal
 
-from miles_sync.channel import Channel, Deadline, accept, listen
-from miles_sync.errors import MismatchError, ProtocolError, SyncError
+from miles_sync.channel import TOKEN_VARIABLE, Channel, Deadline, accept, listen
+from miles_sync.errors import MismatchError, ProtocolError
 from miles_sync.messages import Commit, Prepare
 from miles_sync.sglang.command import Attend, Command, Idle, Order, envelope
 from miles_sync.sglang.http import EngineHttp
+from miles_sync.targets import Once
 
 LOADER = "miles_sync.sglang.loader.load"
 """What the engine's `--custom-weight-loader` must list."""
 
-TOKEN_VARIABLE = "MILES_SYNC_TOKEN"
-"""The environment variable that gives the engine its token."""
-
 TESTED_VERSION = "0.5.17"
+
+__all__ = ["LOADER", "TESTED_VERSION", "TOKEN_VARIABLE", "SGLangTarget"]
 
 # Settings under which the engine's own load_weights is not enough to replace its weights, or under which
 # one loader does not see all of them; the value is what this release was tested with.
@@ -63,7 +62,7 @@ class SGLangTarget:
         self._http = EngineHttp(url, api_key, admin_api_key, self.name)
         self._listen_host = listen_host
         self._rank, self._ranks = 0, 1
-        self._commits = _Commits()
+        self._commits = Once()
 
     @classmethod
     def ranks(cls, url: str, tp_size: int, **settings: Any) -> tuple[SGLangTarget, ...]:
@@ -173,24 +172,3 @@ class SGLangTarget:
         if not reply.get("success"):
             reason = f"the engine refused the update: {reply.get('message')}"
             raise ProtocolError(reason, stage=stage, peer=self.name)
-
-
-class _Commits:
-    """Sees that ranks which commit the same transaction send one request."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._txn = ""
-        self._error: SyncError | None = None
-
-    def once(self, txn: str, act: Callable[[], None]) -> None:
-        """Act for the first caller of a transaction; the others wait and share what came of it."""
-        with self._lock:
-            if txn != self._txn:
-                self._txn, self._error = txn, None
-                try:
-                    act()
-                except SyncError as error:
-                    self._error = error
-            if self._error is not None:
-                raise self._error
