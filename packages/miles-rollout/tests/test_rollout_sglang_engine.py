@@ -10,14 +10,17 @@ from collections.abc import Iterator
 from glob import glob
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import openai
 import psutil
 import pytest
 from safetensors.numpy import load_file
 
-from miles_core.types import Prompt
+from miles_core.types import Prompt, Sample
 from miles_rollout import GenerateContext, InProcessJudge, RolloutWorker, SamplingParams, Tokenizer, WorkerSettings
+from miles_rollout.agents import agent_rollout
 from miles_rollout.conformance import CHECKS, Check, Subject
 from miles_rollout.engine import Completion
 from miles_rollout.errors import EngineDied, EngineStartError, EngineUnavailable
@@ -115,6 +118,47 @@ def reference_logprobs(model: Path, tokens: list[int], temperature: float) -> np
     logits = norm(x, "model.norm.weight") @ weights["model.embed_tokens.weight"].T / temperature
     logprobs = logits - np.logaddexp.reduce(logits, -1, keepdims=True)
     return logprobs[np.arange(count - 1), tokens[1:]]
+
+
+async def two_turns(base_url: str, api_key: str, prompt: Prompt) -> float:
+    async with openai.AsyncOpenAI(base_url=base_url, api_key=api_key, max_retries=0) as client:
+        messages: list[Any] = [{"role": "user", "content": prompt.content}]
+        for question in ("1+1", "2"):
+            reply = await client.chat.completions.create(model="policy", messages=messages, logprobs=True)
+            messages += [reply.choices[0].message.model_dump(), {"role": "user", "content": question}]
+            assert reply.usage is not None and reply.choices[0].logprobs is not None
+            assert len(reply.choices[0].logprobs.content or ()) == reply.usage.completion_tokens
+        return float(len(messages))
+
+
+def test_agents_learn_from_what_the_engine_sampled(address: EngineAddress, tiny_model: Path, tmp_path: Path) -> None:
+    """Through OpenAI's client, over two turns: logprobs are the model's at each token trained; seeds decide."""
+    for file in tiny_model.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "chat_template.jinja").write_text(
+        "{% for m in messages %}{{ 'b' if m.role == 'assistant' else 'a' }}{{ m.content }}<eos>{% endfor %}"
+        "{% if add_generation_prompt %}b{% endif %}"
+    )
+    prompts = [Prompt(f"row{number}", f"{number}=") for number in range(4)]
+
+    async def make() -> list[Sample]:
+        engine, tokenizer = SGLangEngine(address), Tokenizer(str(tmp_path))
+        context = GenerateContext(engine, tokenizer, SamplingParams(10, 0.8, stop_token_ids=(13,)), weight_version=0)
+        try:
+            made = [await agent_rollout(prompt, [1, 2, 3], context, agent=two_turns) for prompt in prompts]
+        finally:
+            await engine.close()
+        return [sample for samples in made for sample in samples if isinstance(sample, Sample)]
+
+    one, two = asyncio.run(make()), asyncio.run(make())
+    assert len(one) == 12 and len({sample.text for sample in one}) > 6
+    for sample, again in zip(one, two, strict=True):
+        assert sample.metadata["turns"] == 2 and sample.metadata["branches"] == 1 and sample.reward == 5.0
+        np.testing.assert_array_equal(sample.tokens, again.tokens)
+        np.testing.assert_array_equal(sample.rollout_logprobs, again.rollout_logprobs)
+        wanted = reference_logprobs(tiny_model, sample.tokens.tolist(), 0.8)
+        np.testing.assert_allclose(sample.rollout_logprobs[1:], np.where(sample.loss_mask[1:], wanted, 0), atol=2e-5)
+        assert [span.weight_version for span in sample.version_spans] == [0, 0]
 
 
 def test_the_worker_makes_the_same_groups_again(address: EngineAddress, tiny_model: Path) -> None:
