@@ -1,6 +1,7 @@
 """The driver's side of the loop: batches, the shuffling control, and the account of groups."""
 
 import asyncio
+import functools
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -8,12 +9,13 @@ import numpy as np
 import pytest
 
 from miles_core import ContractViolation, Group, Prompt, Sample, VersionSpan
-from miles_core.algorithms import grpo
+from miles_core.algorithms.advantages import gae, grpo, reinforce
+from miles_core.algorithms.kl import k1
 from miles_core.cluster.actors import Crew, Member
 from miles_core.observe import PhaseClock
 from miles_core.queue import Lease
 from miles_launch.actors import Made
-from miles_launch.roles import ActorRollout, GroupBatcher
+from miles_launch.roles import ActorRollout, GroupBatcher, Learning
 
 
 def group(name: str, rewards: Sequence[float]) -> Group:
@@ -37,11 +39,9 @@ def advantages_of(batcher: GroupBatcher, step: int) -> np.ndarray:
 
 
 def test_shuffling_keeps_the_rewards_of_the_step_and_breaks_their_tie_to_samples():
-    def means(rewards: Sequence[np.ndarray], **_: Any) -> list[np.ndarray]:
-        return [reward.astype(np.float32) for reward in rewards]
-
-    plain = advantages_of(GroupBatcher(means, "token_mean", 1, 1, PhaseClock()), step=3)
-    control = GroupBatcher(means, "token_mean", 1, 1, PhaseClock(), shuffle_seed=7)
+    learning = Learning(reinforce)
+    plain = advantages_of(GroupBatcher(learning, 1, 1, PhaseClock()), step=3)
+    control = GroupBatcher(learning, 1, 1, PhaseClock(), shuffle_seed=7)
     shuffled = advantages_of(control, step=3)
     assert np.array_equal(plain, np.arange(24, dtype=np.float32))
     assert not np.array_equal(shuffled, plain)
@@ -51,11 +51,30 @@ def test_shuffling_keeps_the_rewards_of_the_step_and_breaks_their_tie_to_samples
 
 
 def test_every_rank_gets_a_shard_of_every_minibatch():
-    minibatches = GroupBatcher(grpo, "token_mean", 3, 2, PhaseClock()).build(0, GROUPS)
+    minibatches = GroupBatcher(Learning(grpo), 3, 2, PhaseClock()).build(0, GROUPS)
     assert [len(shards) for shards in minibatches] == [2, 2, 2]
     for shards in minibatches:
         assert sum(float(shard.loss_weights.sum()) for shard in shards) == pytest.approx(1)
     assert sum(len(shard.lengths) for shards in minibatches for shard in shards) == 24
+
+
+def test_columns_that_the_algorithm_reads_come_from_samples_or_are_made():
+    columns = {name: np.array([0, 0.5], np.float32) for name in ("values", "ref_logprobs", "teacher_logprobs")}
+    groups = [Group(g.prompt, tuple(s.replace(columns=columns) for s in g.samples)) for g in GROUPS[:1]]
+    learning = Learning(
+        functools.partial(gae, normalize=False),
+        kl_penalty=(k1, 2.0),
+        advantage_columns=frozenset({"values", "ref_logprobs"}),
+        loss_columns=frozenset({"returns", "staleness", "teacher_logprobs", "entropy"}),
+    )
+    (((batch,),)) = GroupBatcher(learning, 1, 1, PhaseClock()).build(3, groups)
+    trained = batch.loss_mask
+    # Rewards 0 to 3, KL 0 - 0.5 at the one trained token, value 0.5.
+    assert batch.advantages[trained].tolist() == [0.5, 1.5, 2.5, 3.5]
+    assert batch.columns["returns"][trained].tolist() == [1, 2, 3, 4]
+    assert batch.columns["teacher_logprobs"][trained].tolist() == [0.5] * 4
+    assert batch.columns["staleness"][trained].tolist() == [3] * 4
+    assert set(batch.columns) == {"returns", "staleness", "teacher_logprobs"}
 
 
 class ScriptedCrew:

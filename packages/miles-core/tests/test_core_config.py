@@ -1,3 +1,5 @@
+import functools
+import importlib
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -91,7 +93,6 @@ def test_an_unknown_key_names_the_nearest_known_one(table: dict[str, Any], setti
     ("table", "setting"),
     [
         ({key: value for key, value in minimal().items() if key != "hooks"}, "hooks"),
-        (minimal(hooks={}), "hooks.reward"),
         (minimal(hooks={"reward": {"weight": 1}}), "hooks.reward.name"),
         (minimal(model={}), "model.path"),
     ],
@@ -114,7 +115,7 @@ def test_a_missing_key_is_named(table: dict[str, Any], setting: str):
         ("data", "shuffle", "yes"),
         ("rollout", "top_p", 1.5),
         ("rollout", "temperature", 0),
-        ("algorithm", "reduction", "mean"),
+        ("algorithm", "reduction", 3),
         ("hooks", "reward", 3),
         ("cluster", "dashboard_port", 70000),
     ],
@@ -130,6 +131,34 @@ def test_a_wrong_value_is_named_with_its_rule(section: str, key: str, value: Any
 @pytest.mark.parametrize("name", ["", "a/b", "../up", ".hidden", "a b"])
 def test_a_run_name_is_a_folder_name(name: str):
     assert refused(minimal(name=name)).setting == "name"
+
+
+@pytest.mark.parametrize("hooks", [{}, {"reward": "a:b", "group_reward": "a:c"}])
+def test_samples_have_exactly_one_judge(hooks: dict[str, Any]):
+    assert "exactly one of hooks.reward" in str(refused(minimal(hooks=hooks)))
+
+
+def test_the_terms_of_the_loss_are_data():
+    kl = {"coef": 0.01, "estimator": "k2", "place": "reward"}
+    corrections = ["tis", {"name": "mis", "level": "sequence", "upper": 3}]
+    section = check_recipe(minimal(algorithm={"kl": kl, "corrections": corrections}), "x").algorithm
+    assert section.kl is not None and section.kl.estimator.name == "k2"
+    assert [spec.name for spec in section.corrections] == ["tis", "mis"]
+    assert section.corrections[1].params == {"level": "sequence", "upper": 3}
+    assert "algorithm.kl.place" in str(refused(minimal(algorithm={"kl": {"coef": 0.1, "place": "nowhere"}})))
+    assert "algorithm.kl.coef" in str(refused(minimal(algorithm={"kl": {"coef": 0}})))
+
+
+def test_code_may_be_an_object_in_python():
+    hooks = {"reward": functools.partial(importlib.import_module, package="x"), "after_step": "c:d"}
+    recipe = check_recipe(minimal(hooks=hooks), "x")
+    assert recipe.hooks.reward is not None
+    assert (recipe.hooks.reward.name, recipe.hooks.reward.params) == ("importlib:import_module", {"package": "x"})
+
+
+@pytest.mark.parametrize("code", [lambda prompt, sample: 0.0, functools.partial(max, 1), minimal().get])
+def test_code_that_other_processes_cannot_import_is_refused(code: Any):
+    assert "hooks.reward" in str(refused(minimal(hooks={"reward": code})))
 
 
 @pytest.mark.parametrize("data", [{}, {"prompts": "a.jsonl", "source": "a:b"}])

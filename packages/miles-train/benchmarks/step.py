@@ -18,7 +18,7 @@ import numpy as np  # noqa: E402  # the imports are part of what is timed
 import torch  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 
-from miles_core.algorithms.losses import PPOClip  # noqa: E402
+from miles_core.algorithms.losses import Objective, PPOClip  # noqa: E402
 from miles_core.types import Batch  # noqa: E402
 from miles_train.megatron import MegatronTrainer  # noqa: E402
 from miles_train.megatron.weights.qwen3 import table  # noqa: E402
@@ -82,7 +82,7 @@ def main() -> None:
         make_model(Path(folder, "model"))
         start = time.perf_counter()
         settings = {"lr": 2e-3, "adam_beta2": 0.95}
-        loss: Any = PPOClip(entropy_coef=0.01)  # its needs_entropy is a property, the protocol's an attribute
+        loss = Objective(PPOClip(), entropy_coef=0.01)
         trainer = MegatronTrainer(Path(folder, "model"), settings, loss)
         build_s = time.perf_counter() - start
         batch = make_batch()

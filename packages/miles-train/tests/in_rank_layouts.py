@@ -13,7 +13,7 @@ from miles_train.errors import NonFiniteError
 class SequenceRatio:
     """A loss of whole samples (GSPO's ratio, Zheng et al. 2025, arXiv:2507.18071), and of the entropy."""
 
-    needs_entropy = True
+    needs = frozenset({"entropy"})
 
     def __call__(self, inputs):
         count = int(inputs.sample_index.max()) + 1

@@ -4,7 +4,7 @@ import numpy as np
 from in_rank_trainer import make_trainer
 from train_tiny import batch_of
 
-from miles_core.algorithms.losses import PPOClip
+from miles_core.algorithms.losses import Objective, PPOClip
 from miles_core.errors import InputError
 from miles_train.megatron import runtime
 from miles_train.megatron.packing import rounded_up
@@ -19,7 +19,7 @@ def packed_and_padded(address, path, settings):
             address,
             path,
             {"lr": 1e-2, **settings},
-            PPOClip(entropy_coef=0.01),
+            Objective(PPOClip(), entropy_coef=0.01),
             packed=packed,
             micro_batch_tokens=37,
         )

@@ -8,7 +8,7 @@ import psutil
 import torch
 from train_tiny import VOCAB, batch_of
 
-from miles_core.algorithms.losses import PPOClip
+from miles_core.algorithms.losses import Objective, PPOClip
 from miles_core.errors import InputError
 from miles_train import conformance
 from miles_train.conformance import Subject
@@ -81,7 +81,7 @@ def train_in_chunks(address, path):
     whole = logprobs.MAX_LOGITS_BYTES
     for size in (whole, 4 * VOCAB * 3):
         logprobs.MAX_LOGITS_BYTES = size
-        trainer = make_trainer(address, path, loss=PPOClip(entropy_coef=0.01))
+        trainer = make_trainer(address, path, loss=Objective(PPOClip(), entropy_coef=0.01))
         metrics = trainer.step([batch_of()])
         results.append((metrics, {name: tensor.numpy().copy() for name, tensor in trainer.weights()}))
         trainer.close()

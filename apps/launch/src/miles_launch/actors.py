@@ -7,15 +7,16 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from miles_core import Batch, Group, HookSpec, InputError, Prompt, Recipe
+from miles_core import Batch, Prompt, Recipe
 from miles_core.cluster.actors import Member
-from miles_core.hooks import SampleFilter, load_hook, load_object
+from miles_core.hooks import POINTS
 from miles_launch.loading import decode_fp8, loading_bar
-from miles_launch.prepare import TRAINER_HOOKS
+from miles_launch.prepare import TRAINER_HOOKS, WORKER_HOOKS, optional_hook
 
 if TYPE_CHECKING:
+    from miles_rollout.rewards import Judge
     from miles_rollout.sglang import EngineAddress
     from miles_rollout.worker import RolloutWorker
     from miles_sync import WeightSync
@@ -83,16 +84,13 @@ class WorkerActor:
 
     def __init__(self, recipe: Recipe, model_path: str):
         """Load the tokenizer and user code."""
-        from miles_rollout.rewards import make_judge  # noqa: PLC0415 (its own process alone)
         from miles_rollout.tokenizer import Tokenizer  # noqa: PLC0415
 
         self._recipe = recipe
         self._tokenizer = Tokenizer(model_path)
-        spec = recipe.hooks.sample_filter
-        self._filter: SampleFilter | None = (
-            None if spec is None else load_hook(spec, "hooks.sample_filter", SampleFilter)
-        )
-        self._judge = make_judge(recipe.hooks.reward, recipe.reward)
+        hooks = {kind: optional_hook(recipe.hooks, kind) for kind in WORKER_HOOKS}
+        self._hooks = {kind: code for kind, code in hooks.items() if code is not None}
+        self._judge = _judge(recipe)
         self._worker: RolloutWorker | None = None
         self._queue: Member | None = None
 
@@ -114,19 +112,17 @@ class WorkerActor:
         )
         context = GenerateContext(engine, self._tokenizer, sampling, weight_version=0)
         settings = WorkerSettings(rollout.group_size, self._recipe.seed, rollout.deadline_s)
-        self._worker = RolloutWorker(context, self._judge, settings)
+        self._worker = RolloutWorker(context, self._judge, settings, **self._hooks)
         self._queue = queue
 
     async def roll_out(self, step: int, weight_version: int, prompts: Sequence[Prompt]) -> Made:
-        """Make the groups of a step and put those that the filter keeps into the queue."""
+        """Make the groups of a step and put those that the filters keep into the queue."""
         assert self._worker is not None and self._queue is not None
         made = await self._worker.rollout(prompts, step=step, weight_version=weight_version)
-        dropped = dict(made.dropped_reasons)
-        kept = [group for group in made.groups if not self._filtered(group, dropped)]
-        await self._queue.ask("put", kept)
+        await self._queue.ask("put", made.groups)
         return Made(
-            len(kept),
-            dropped,
+            len(made.groups),
+            made.dropped_reasons,
             {"perf/time/generate/engine": made.generate_s, "perf/time/generate/reward": made.reward_s},
         )
 
@@ -137,11 +133,16 @@ class WorkerActor:
         else:
             await self._judge.close()
 
-    def _filtered(self, group: Group, dropped: dict[str, int]) -> bool:
-        reason = None if self._filter is None else self._filter(group)
-        if reason is not None:
-            dropped[reason] = dropped.get(reason, 0) + 1
-        return reason is not None
+
+def _judge(recipe: Recipe) -> "Judge":
+    from miles_rollout.rewards import make_judge  # noqa: PLC0415 (the worker's process alone)
+    from miles_rollout.rewards.group import GroupJudge  # noqa: PLC0415
+
+    if recipe.hooks.reward is not None:
+        return make_judge(recipe.hooks.reward, recipe.reward)
+    assert recipe.hooks.group_reward is not None  # one of the two, by the recipe's own rule
+    code = POINTS["group_reward"].load(recipe.hooks.group_reward)
+    return GroupJudge(code, recipe.hooks.group_reward.name, recipe.reward.timeout_s)
 
 
 class TrainerActor:
@@ -153,33 +154,28 @@ class TrainerActor:
         model_path: str,
         rank: int,
         master_port: int,
-        loss: HookSpec,
         run_path: str,
         resume_from: Path | None,
         sync_token: str,
     ):
         """Build the model with its weights, or continue from a checkpoint."""
+        from miles_core.algorithms.losses.build import build_loss  # noqa: PLC0415 (its own process alone)
         from miles_train.megatron.runtime import Address  # noqa: PLC0415 (its own process alone)
         from miles_train.megatron.trainer import Hooks, MegatronTrainer  # noqa: PLC0415
 
         self._recipe, self._rank, self._run_path, self._sync_token = recipe, rank, Path(run_path), sync_token
-        specs = {name: getattr(recipe.hooks, name) for name in TRAINER_HOOKS}
-        loaded = {
-            name: load_hook(spec, f"hooks.{name}", TRAINER_HOOKS[name])
-            for name, spec in specs.items()
-            if spec is not None
-        }
+        hooks = {kind: optional_hook(recipe.hooks, kind) for kind in TRAINER_HOOKS}
         with loading_bar(rank) as progress:
             self._trainer = MegatronTrainer(
                 model_path,
                 recipe.train.megatron,
-                _build_loss(loss),
+                build_loss(recipe.algorithm),
                 address=Address(rank, recipe.train.num_ranks, master_port=master_port),
                 seed=recipe.seed,
                 micro_batch_tokens=recipe.train.micro_batch_tokens,
                 temperature=recipe.rollout.temperature,
                 deterministic=recipe.deterministic,
-                hooks=Hooks(**loaded),
+                hooks=Hooks(**hooks),
                 family=recipe.model.family,
                 decode=decode_fp8,
                 progress=progress,
@@ -233,14 +229,3 @@ class TrainerActor:
         if self._sync is not None:
             self._sync.close()
         self._trainer.close()
-
-
-def _build_loss(spec: HookSpec) -> Any:
-    """Build a loss from its class, or bind a function's parameters."""
-    code = load_object(spec.name, "algorithm.loss")
-    try:
-        return code(**spec.params)
-    except (TypeError, ValueError) as error:
-        raise InputError(
-            "algorithm.loss", dict(spec.params), f"{spec.name}: {error}", "Change its parameters."
-        ) from None

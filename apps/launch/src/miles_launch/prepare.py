@@ -1,30 +1,20 @@
 """From a recipe to everything that can be known to be right before a process starts."""
 
+import dataclasses
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from miles_core import HookSpec, InputError, Recipe
-from miles_core.algorithms import Advantage, grpo
+from miles_core.algorithms import AdvantageInputs, needs_of
+from miles_core.config import HooksSection
 from miles_core.data import file_prompts
-from miles_core.hooks import (
-    AfterModelInit,
-    AfterStep,
-    AfterTrainStep,
-    BeforeLogprobs,
-    BeforeTrainStep,
-    DataSource,
-    Metrics,
-    OnCheckpoint,
-    Reward,
-    SampleFilter,
-    bind,
-    load_hook,
-    load_object,
-)
+from miles_core.hooks import POINTS, DataSource, bind
 from miles_launch.recorder import DriverHooks
+from miles_launch.roles import Learning
+from miles_rollout.rewards.group import check_isolation
 from miles_rollout.rewards.load import full_name
 from miles_rollout.sglang.arguments import check_arguments
 from miles_train.megatron.layout import Layout, check_layout
@@ -32,30 +22,11 @@ from miles_train.megatron.settings import check_settings
 
 # Where the trainer's and the engine's arithmetic differ by rounding alone; measured gaps are 10 to 100 times smaller.
 DEFAULT_GAP = {"float32": 1e-3, "bfloat16": 0.03}
-ADVANTAGES: Mapping[str, Callable[..., Any]] = {"grpo": grpo}
-LOSSES = {"ppo_clip": "miles_core.algorithms.losses:PPOClip"}
-TRAINER_HOOKS: Mapping[str, type] = {
-    "after_model_init": AfterModelInit,
-    "before_logprobs": BeforeLogprobs,
-    "before_train_step": BeforeTrainStep,
-    "after_train_step": AfterTrainStep,
-}
-
-
-class MakesModel(Protocol):
-    """`model.source`: makes a Hugging Face directory at `path`."""
-
-    def __call__(self, path: Path) -> object:
-        """Write the directory; it is not there yet."""
-        ...
-
-
-class MakesDataSource(Protocol):
-    """`data.source`: opens an endless sequence of prompts."""
-
-    def __call__(self, seed: int) -> DataSource:
-        """Return the source; `seed` is the run's."""
-        ...
+TRAINER_HOOKS = ("after_model_init", "before_logprobs", "before_train_step", "after_train_step")
+WORKER_HOOKS = ("rollout", "generate", "filter_before_reward", "sample_filter")
+# Columns that the run makes by itself; what else a loss or an estimator needs, rollout code puts into its samples.
+MADE_HERE = frozenset({"entropy", "group_index", "staleness"})
+OF_A_CRITIC = frozenset({"values", "old_values"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,9 +37,8 @@ class Prepared:
     model_path: Path
     layout: Layout
     source: DataSource
-    advantage: Advantage
+    learning: Learning
     hooks: DriverHooks
-    loss: HookSpec
     dtype: str
     max_logprob_gap: float
 
@@ -86,7 +56,7 @@ def prepare(recipe: Recipe) -> Prepared:
         from miles_train.megatron.families import check_name  # noqa: PLC0415 (imports torch)
 
         check_name(recipe.model.family)
-    hooks = recipe.hooks
+    learning = _learning(recipe)
     model_path = _model(recipe)
     dtype = "bfloat16" if recipe.train.megatron.get("bf16") else "float32"
     return Prepared(
@@ -94,34 +64,67 @@ def prepare(recipe: Recipe) -> Prepared:
         model_path=model_path,
         layout=check_layout(recipe.train.megatron, recipe.train.num_ranks, _config(model_path)),
         source=_source(recipe),
-        advantage=_advantage(recipe.algorithm.advantage),
+        learning=learning,
         hooks=DriverHooks(
-            metrics=_optional(hooks.metrics, "hooks.metrics", Metrics),
-            after_step=_optional(hooks.after_step, "hooks.after_step", AfterStep),
-            on_checkpoint=_optional(hooks.on_checkpoint, "hooks.on_checkpoint", OnCheckpoint),
+            metrics=optional_hook(recipe.hooks, "metrics"),
+            after_step=optional_hook(recipe.hooks, "after_step"),
+            on_checkpoint=optional_hook(recipe.hooks, "on_checkpoint"),
         ),
-        loss=_loss(recipe.algorithm.loss),
         dtype=dtype,
         max_logprob_gap=recipe.contracts.max_logprob_gap or DEFAULT_GAP[dtype],
     )
 
 
+def optional_hook(hooks: HooksSection, kind: str) -> Callable[..., Any] | None:
+    """The code that `[hooks]` names for an extension point, loaded and checked; None if it names none."""
+    spec: HookSpec | None = getattr(hooks, kind)
+    return None if spec is None else POINTS[kind].load(spec)
+
+
 def _check_actor_hooks(recipe: Recipe) -> None:
     """Code that actors will load is loaded here once, so that a mistake is found before they start."""
-    load_hook(full_name(recipe.hooks.reward), "hooks.reward", Reward)
-    _optional(recipe.hooks.sample_filter, "hooks.sample_filter", SampleFilter)
-    for name, protocol in TRAINER_HOOKS.items():
-        _optional(getattr(recipe.hooks, name), f"hooks.{name}", protocol)
+    hooks = recipe.hooks
+    if hooks.group_reward is not None:
+        check_isolation(recipe.reward.isolate)
+    if hooks.reward is not None:
+        POINTS["reward"].load(full_name(hooks.reward))
+    for kind in ("group_reward", *WORKER_HOOKS, *TRAINER_HOOKS):
+        optional_hook(hooks, kind)
 
 
-def _optional(spec: HookSpec | None, setting: str, protocol: type) -> Callable[..., Any] | None:
-    return None if spec is None else load_hook(spec, setting, protocol)
+def _learning(recipe: Recipe) -> Learning:
+    """What `[algorithm]` says, each part loaded once here; the loss is built again in the trainers."""
+    from miles_core.algorithms.losses.build import build_loss  # noqa: PLC0415 (imports torch: not for a recipe alone)
+
+    algorithm, kl = recipe.algorithm, recipe.algorithm.kl
+    advantage = POINTS["advantage"].load(algorithm.advantage)
+    in_reward = kl if kl is not None and kl.place == "reward" else None
+    learning = Learning(
+        advantage,
+        POINTS["reduction"].load(algorithm.reduction),
+        kl_penalty=(POINTS["kl"].load(in_reward.estimator), in_reward.coef) if in_reward else None,
+        advantage_columns=needs_of(advantage) | ({"ref_logprobs"} if in_reward else frozenset()),
+        loss_columns=build_loss(algorithm).needs,
+    )
+    from_samples = learning.advantage_columns | (learning.loss_columns - MADE_HERE - {"returns"})
+    fields = {field.name for field in dataclasses.fields(AdvantageInputs)}
+    if unknown := sorted(learning.advantage_columns - fields):
+        rule = f"needs {unknown}, and estimators can have {sorted(fields)}"
+        raise InputError("algorithm.advantage", algorithm.advantage.name, rule, "Change its `needs`.")
+    if critic := sorted(learning.loss_columns & OF_A_CRITIC):
+        rule = f"reads {critic} of a critic: it is not a loss for a policy"
+        raise InputError("algorithm.loss", algorithm.loss.name, rule, "Use it in a trainer of a critic.")
+    if from_samples and recipe.hooks.generate is None and recipe.hooks.rollout is None:
+        rule = f"the algorithm reads {sorted(from_samples)} of each token, which the built-in rollout does not make"
+        way_out = "Name a generate function in hooks.generate that puts them into Sample.columns."
+        raise InputError("algorithm", algorithm.model_dump(exclude_defaults=True), rule, way_out)
+    return learning
 
 
 def _model(recipe: Recipe) -> Path:
     path = Path(recipe.model.path)
     if not path.exists() and recipe.model.source is not None:
-        load_hook(recipe.model.source, "model.source", MakesModel)(path)
+        POINTS["model_source"].load(recipe.model.source)(path)
     if not (path / "config.json").is_file():
         raise InputError(
             "model.path",
@@ -145,15 +148,5 @@ def _source(recipe: Recipe) -> DataSource:
     if data.prompts is not None:
         return file_prompts(data.prompts, data.prompt_field, data.shuffle, recipe.seed)
     assert data.source is not None  # one of the two, by the recipe's own rule
-    source = load_hook(data.source, "data.source", MakesDataSource)(recipe.seed)
+    source = POINTS["data_source"].load(data.source)(recipe.seed)
     return bind(source, {}, f"data.source ({data.source.name})", DataSource)
-
-
-def _advantage(spec: HookSpec) -> Advantage:
-    code = ADVANTAGES.get(spec.name) or load_object(spec.name, "algorithm.advantage")
-    return bind(code, spec.params, f"algorithm.advantage ({spec.name})", Advantage)
-
-
-def _loss(spec: HookSpec) -> HookSpec:
-    """The loss by its full name; it is built in the trainer's process, where torch is."""
-    return HookSpec(name=LOSSES.get(spec.name, spec.name), params=spec.params)

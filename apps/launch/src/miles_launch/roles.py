@@ -7,13 +7,22 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from miles_core import Batch, ContractViolation, Group
-from miles_core.algorithms import Advantage
-from miles_core.batching import Reduction, make_batch, shard, split_minibatches
+from miles_core.algorithms import Advantage, AdvantageInputs, Estimates
+from miles_core.algorithms.advantages import with_kl_penalty
+from miles_core.algorithms.kl import KLEstimator
+from miles_core.algorithms.reductions import token_mean
+from miles_core.batching import (
+    advantage_inputs,
+    make_batch,
+    sample_columns,
+    shard,
+    split_minibatches,
+    staleness,
+)
 from miles_core.cluster.actors import Crew, Member
-from miles_core.hooks import DataSource
+from miles_core.hooks import DataSource, Reduction
 from miles_core.observe import PhaseClock
 from miles_core.queue import Lease
-from miles_core.types import Floats
 from miles_train.megatron.layout import Layout
 
 ANSWER_MARGIN_S = 30.0  # at its own deadline the worker drops what is late; its answer comes a moment after
@@ -76,6 +85,25 @@ class ActorRollout:
 
 
 @dataclass(frozen=True, slots=True)
+class Learning:
+    """What the driver does with rewards.
+
+    Attributes:
+        advantage: estimates advantages.
+        reduction: what each token counts.
+        kl_penalty: taken from the reward of each token, with its weight; None takes none.
+        advantage_columns: optional columns that advantages are estimated from.
+        loss_columns: optional columns that the loss reads.
+    """
+
+    advantage: Advantage
+    reduction: Reduction = token_mean
+    kl_penalty: tuple[KLEstimator, float] | None = None
+    advantage_columns: frozenset[str] = frozenset()
+    loss_columns: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
 class GroupBatcher:
     """Rewards to advantages to balanced shards.
 
@@ -83,8 +111,7 @@ class GroupBatcher:
         shuffle_seed: permute the rewards of all samples of a step first (a control that must not learn); None does not.
     """
 
-    advantage: Advantage
-    reduction: Reduction
+    learning: Learning
     num_minibatches: int
     num_shards: int
     clock: PhaseClock
@@ -92,17 +119,29 @@ class GroupBatcher:
 
     def build(self, step: int, groups: Sequence[Group]) -> Sequence[Sequence[Batch]]:
         """Return minibatches, each one of shards, one per copy of the model."""
+        learning, wanted = self.learning, self.learning.loss_columns
         with self.clock.phase("batch"):
-            rewards = [group.rewards for group in groups]
+            inputs = advantage_inputs(groups, sample_columns(groups, learning.advantage_columns))
             if self.shuffle_seed is not None:
-                rewards = _shuffled(rewards, np.random.default_rng([self.shuffle_seed, step]))
-            batch = make_batch(groups, self.advantage(rewards), self.reduction)
-            return split_minibatches(shard(batch, self.num_shards, self.num_minibatches), self.num_minibatches)
+                inputs = _shuffled(inputs, np.random.default_rng([self.shuffle_seed, step]))
+            if learning.kl_penalty is not None:
+                inputs = with_kl_penalty(inputs, *learning.kl_penalty)
+            estimated = learning.advantage(inputs)
+            if not isinstance(estimated, Estimates):
+                estimated = Estimates(estimated, np.zeros(0, np.float32))
+            # A step's samples are of the version that the trainer has when it begins.
+            own = {"returns": estimated.returns, "staleness": staleness(groups, step)}
+            columns = {name: own[name] for name in wanted & own.keys()}
+            columns |= sample_columns(groups, wanted - own.keys() - {"entropy", "group_index"})
+            batch = make_batch(groups, estimated.advantages, learning.reduction, columns)
+            shards = shard(batch, self.num_shards, self.num_minibatches, whole_groups="group_index" in wanted)
+            return split_minibatches(shards, self.num_minibatches, learning.reduction)
 
 
-def _shuffled(rewards: Sequence[Floats], generator: np.random.Generator) -> list[Floats]:
-    flat = generator.permutation(np.concatenate(rewards))
-    return list(np.split(flat, np.cumsum([len(group) for group in rewards])[:-1]))
+def _shuffled(inputs: AdvantageInputs, generator: np.random.Generator) -> AdvantageInputs:
+    order = generator.permutation(len(inputs.rewards))
+    parts = {name: part[order] for name, part in inputs.reward_parts.items()}
+    return inputs.replace(rewards=inputs.rewards[order], reward_parts=parts)
 
 
 @dataclass(frozen=True, slots=True)

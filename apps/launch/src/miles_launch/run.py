@@ -129,7 +129,7 @@ async def _hire(crew: Crew, prepared: Prepared, run_dir: RunDir, checkpoint: Che
         *(
             hire(
                 "trainer", rank, f"{ACTORS}:TrainerActor", ACTOR_ENVIRONMENT, rank=rank, master_port=port,
-                loss=prepared.loss, run_path=str(run_dir.path.resolve()), resume_from=checkpoint.path,
+                run_path=str(run_dir.path.resolve()), resume_from=checkpoint.path,
                 sync_token=sync_token, **common,
             )
             for rank in range(num_ranks)
@@ -169,8 +169,7 @@ async def _loop(
         last_step=recipe.train.steps - 1, stop=stop, hooks=prepared.hooks,
     )  # fmt: skip
     batcher = GroupBatcher(
-        prepared.advantage, recipe.algorithm.reduction, recipe.algorithm.num_minibatches, prepared.layout.num_shards,
-        clock,
+        prepared.learning, recipe.algorithm.num_minibatches, prepared.layout.num_shards, clock,
         shuffle_seed=recipe.seed if recipe.controls.shuffle_rewards else None,
     )  # fmt: skip
     steps = range(checkpoint.step, recipe.train.steps)

@@ -7,65 +7,135 @@ gradients are summed over ranks, and the result is the mean that the recipe aske
 """
 
 import heapq
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from miles_core.algorithms.advantages import AdvantageInputs
+from miles_core.algorithms.reductions import token_mean
 from miles_core.errors import InputError, RolloutError
+from miles_core.hooks import Reduction
 from miles_core.types import Batch, Floats, Group, Ints, Sample
 
-Reduction = Literal["token_mean", "sample_mean"]
+
+def advantage_inputs(groups: Sequence[Group], columns: Mapping[str, Floats] | None = None) -> AdvantageInputs:
+    """Lay the groups of a step out as an advantage estimator sees them.
+
+    Args:
+        groups: judged groups, of any sizes.
+        columns: optional columns of the estimator, float32 [T] each; see `sample_columns`.
+    """
+    samples = [sample for group in groups for sample in group.samples]
+    names = set[str]().union(*(sample.reward_parts for sample in samples))
+    parts = {
+        name: np.asarray([sample.reward_parts.get(name, np.nan) for sample in samples], np.float32)
+        for name in sorted(names)
+    }
+    return AdvantageInputs(
+        rewards=np.asarray([sample.reward for sample in samples], np.float32),
+        group_index=_group_index(groups),
+        lengths=_lengths(samples),
+        loss_mask=_column((sample.loss_mask for sample in samples), np.bool_),
+        reward_parts=parts,
+        rollout_logprobs=_column((sample.rollout_logprobs for sample in samples), np.float32),
+        **(columns or {}),
+    )
 
 
-def make_batch(groups: Sequence[Group], advantages: Sequence[Floats], reduction: Reduction = "token_mean") -> Batch:
+def sample_columns(groups: Sequence[Group], names: Iterable[str]) -> dict[str, Floats]:
+    """Further columns that rollout code put into the samples, float32 [T] each.
+
+    Args:
+        groups: of the step.
+        names: those wanted.
+
+    Raises:
+        InputError: a sample lacks one of them, or it is not a number per token.
+    """
+    samples = [sample for group in groups for sample in group.samples]
+    for name in names:
+        for sample in samples:
+            found = np.shape(sample.columns[name]) if name in sample.columns else None
+            if found != sample.tokens.shape:
+                raise InputError(
+                    f"columns[{name!r}] of a sample",
+                    "not there" if found is None else found,
+                    f"the algorithm needs {name} of every token, {sample.tokens.shape}",
+                    f"Put it into Sample.columns in the generate function (it has: {sorted(sample.columns)}).",
+                )
+    return {name: _column((sample.columns[name] for sample in samples), np.float32) for name in names}
+
+
+def staleness(groups: Sequence[Group], weight_version: int) -> Floats:
+    """How many updates old the weights were that sampled each token, float32 [T]; 0 where none did.
+
+    Args:
+        groups: of the step.
+        weight_version: the trainer's current version.
+    """
+    samples = [sample for group in groups for sample in group.samples]
+    columns = [np.zeros(len(sample.tokens), np.float32) for sample in samples]
+    for sample, column in zip(samples, columns, strict=True):
+        for start, stop, version in sample.version_spans:
+            column[start:stop] = weight_version - version
+    return _column(columns, np.float32)
+
+
+def make_batch(
+    groups: Sequence[Group],
+    advantages: Floats,
+    reduction: Reduction = token_mean,
+    columns: Mapping[str, Floats] | None = None,
+) -> Batch:
     """Lay the groups of a step out as columns.
 
     Args:
         groups: judged groups, of any sizes.
-        advantages: one number per sample, float32 [G] of each group.
-        reduction: "token_mean": every trained token of the step weighs the same (DAPO, arXiv:2503.14476, eq. 8);
-            "sample_mean": every sample that has trained tokens does, and within it every token (GRPO, arXiv:2402.03300,
-            eq. 3).
+        advantages: float32 [N], one per sample, or [T], one per token, in the order of the groups.
+        reduction: what each token counts; see miles_core.algorithms.reductions.
+        columns: further columns that the loss needs, float32 [T] each.
 
     Returns:
         The whole step as one batch; samples in the order of the groups. It owns its memory.
 
     Raises:
         RolloutError: no token of the step is trained.
-        InputError: the advantages do not fit the groups, or are not finite.
+        InputError: the advantages do not fit the groups, or are not finite; or the weights are not.
         ValueError: a sample's columns differ in length, its first token is trained, or it has no version span.
     """
     samples = [sample for group in groups for sample in group.samples]
     for sample in samples:
         _check_sample(sample)
-    per_sample = _flat_advantages(groups, advantages)
-    lengths = np.asarray([len(sample.tokens) for sample in samples], np.int32)
+    lengths = _lengths(samples)
     loss_mask = _column((sample.loss_mask for sample in samples), np.bool_)
     num_loss_tokens = int(loss_mask.sum())
+    by_token = _advantages_by_token(groups, advantages, lengths, loss_mask)
     if not num_loss_tokens:
         raise RolloutError(
             f"trained tokens = 0 in {len(groups)} groups of {len(samples)} samples: a step needs at least one. "
             "Look at the samples and at the filter: every response is empty or masked."
         )
-    return Batch(
+    unweighted = Batch(
         tokens=_column((sample.tokens for sample in samples), np.int32),
         lengths=lengths,
         loss_mask=loss_mask,
         rollout_logprobs=_column((sample.rollout_logprobs for sample in samples), np.float32),
-        advantages=np.where(loss_mask, np.repeat(per_sample, lengths), np.float32(0)),
-        loss_weights=_loss_weights(loss_mask, lengths, reduction),
+        advantages=by_token,
+        loss_weights=np.zeros(len(loss_mask), np.float32),
         rewards=np.asarray([sample.reward for sample in samples], np.float32),
         versions=np.asarray([sample.oldest_version for sample in samples], np.int64),
-        group_index=np.repeat(np.arange(len(groups)), [len(g.samples) for g in groups]).astype(np.int32),
+        group_index=_group_index(groups),
         num_loss_tokens=num_loss_tokens,
         num_samples=len(samples),
+        columns={name: np.array(column, np.float32) for name, column in (columns or {}).items()},
     )
+    (batch,) = _weighed([unweighted], reduction)
+    return batch
 
 
-def shard(batch: Batch, num_ranks: int, num_minibatches: int = 1) -> list[Batch]:
+def shard(batch: Batch, num_ranks: int, num_minibatches: int = 1, *, whole_groups: bool = False) -> list[Batch]:
     """Deal whole samples to data-parallel ranks so that all of them have about as many tokens.
 
     Longest first, each to the rank that has least (Graham 1969): the fullest rank is within 4/3 of the best deal.
@@ -75,6 +145,7 @@ def shard(batch: Batch, num_ranks: int, num_minibatches: int = 1) -> list[Batch]
         batch: the whole step.
         num_ranks: data-parallel ranks.
         num_minibatches: optimizer updates of the step, as will be given to `split_minibatches`.
+        whole_groups: deal whole groups, for losses that compare the samples of a group.
 
     Returns:
         One shard a rank, samples in the step's order; weights and totals are those of the whole step. A shard is empty
@@ -85,19 +156,25 @@ def shard(batch: Batch, num_ranks: int, num_minibatches: int = 1) -> list[Batch]
     totals = [0] * num_ranks
     for minibatch in range(num_minibatches):
         members = np.flatnonzero(minibatch_of == minibatch)
-        rank_of[members] = _deal(batch.lengths[members], totals)
+        dealt = batch.group_index[members] if whole_groups else members
+        _, unit = np.unique(dealt, return_inverse=True)
+        num_tokens = np.bincount(unit, batch.lengths[members]).astype(np.int32)
+        rank_of[members] = _deal(num_tokens, totals)[unit]
     return [batch.take(np.flatnonzero(rank_of == rank)) for rank in range(num_ranks)]
 
 
-def split_minibatches(shards: Sequence[Batch], num_minibatches: int) -> list[list[Batch]]:
+def split_minibatches(
+    shards: Sequence[Batch], num_minibatches: int, reduction: Reduction = token_mean
+) -> list[list[Batch]]:
     """Split the shards of a step into the batches of its optimizer updates, by whole groups in their order.
 
     Args:
         shards: one batch a rank, from `shard`.
         num_minibatches: optimizer updates wanted.
+        reduction: as was given to `make_batch`; now it is taken over each update.
 
     Returns:
-        For each update one batch a rank. Its weights sum to 1 over the ranks, and its totals are those of the update.
+        For each update one batch a rank. Its weights and its totals are those of the update over all ranks.
         There are fewer updates than wanted when there are fewer groups with trained tokens: an update of nothing is
         left out.
     """
@@ -110,23 +187,38 @@ def split_minibatches(shards: Sequence[Batch], num_minibatches: int) -> list[lis
             for shard, minibatch_of in zip(shards, of_shard, strict=True)
         ]
         if any(part.loss_mask.any() for part in parts):
-            updates.append(_normalised(parts))
+            updates.append(_weighed(parts, reduction))
     return updates
 
 
-def _normalised(parts: Sequence[Batch]) -> list[Batch]:
-    total = sum(float(part.loss_weights.sum(dtype=np.float64)) for part in parts)
-    num_loss_tokens = sum(int(part.loss_mask.sum()) for part in parts)
-    num_samples = sum(len(part.lengths) for part in parts)
+def _weighed(parts: Sequence[Batch], reduction: Reduction) -> list[Batch]:
+    """The parts of one update with the weights and totals that they have together."""
+    per_part = [_trained(part) for part in parts]
+    num_tokens = np.concatenate(per_part)
+    weights = np.asarray(reduction(num_tokens, np.concatenate([part.group_index for part in parts])), np.float64)
+    if weights.shape != num_tokens.shape or not np.isfinite(weights[num_tokens > 0]).all():
+        raise InputError(
+            "algorithm.reduction",
+            weights.tolist() if weights.shape == num_tokens.shape else weights.shape,
+            f"must return one finite weight a sample: {num_tokens.shape}",
+            "Change the reduction.",
+        )
+    cuts = np.cumsum([len(trained) for trained in per_part])[:-1]
     return [
         replace(
             part,
-            loss_weights=(part.loss_weights / total).astype(np.float32),
-            num_loss_tokens=num_loss_tokens,
-            num_samples=num_samples,
+            loss_weights=np.where(part.loss_mask, np.repeat(own, part.lengths), 0.0).astype(np.float32),
+            num_loss_tokens=int(num_tokens.sum()),
+            num_samples=len(num_tokens),
         )
-        for part in parts
+        for part, own in zip(parts, np.split(weights, cuts), strict=True)
     ]
+
+
+def _trained(part: Batch) -> Ints:
+    """Trained tokens of each sample, int32 [N]."""
+    sample_index = np.repeat(np.arange(len(part.lengths)), part.lengths)
+    return np.bincount(sample_index[part.loss_mask], minlength=len(part.lengths)).astype(np.int32)
 
 
 def _num_groups(batches: Iterable[Batch]) -> int:
@@ -152,34 +244,39 @@ def _deal(lengths: Ints, totals: list[int]) -> Ints:
     return ranks
 
 
-def _loss_weights(loss_mask: NDArray[np.bool_], lengths: Ints, reduction: Reduction) -> Floats:
-    if reduction == "token_mean":
-        return (loss_mask / loss_mask.sum()).astype(np.float32)
-    sample_index = np.repeat(np.arange(len(lengths)), lengths)
-    trained = np.bincount(sample_index[loss_mask], minlength=len(lengths))
-    shares = 1.0 / (np.maximum(trained, 1) * np.count_nonzero(trained))
-    return np.where(loss_mask, shares[sample_index], 0.0).astype(np.float32)
-
-
-def _flat_advantages(groups: Sequence[Group], advantages: Sequence[Floats]) -> Floats:
-    wanted = [(len(group.samples),) for group in groups]
-    given = [np.shape(values) for values in advantages]
-    if wanted != given:
+def _advantages_by_token(
+    groups: Sequence[Group], advantages: Floats, lengths: Ints, loss_mask: NDArray[np.bool_]
+) -> Floats:
+    given = np.shape(advantages)
+    if given not in (lengths.shape, loss_mask.shape):
         raise InputError(
             "algorithm.advantage",
             given,
-            f"must return one array a group, one number a sample: {wanted}",
+            f"must return one number a sample, {lengths.shape}, or one a token, {loss_mask.shape}",
             "Change the advantage function.",
         )
-    for group, values in zip(groups, advantages, strict=True):
-        if not np.isfinite(values).all():
-            raise InputError(
-                "algorithm.advantage",
-                np.asarray(values).tolist(),
-                f"must be finite; the rewards of group {group.id} are {group.rewards.tolist()}",
-                "Change the advantage function or the reward.",
-            )
-    return _column(advantages, np.float32)
+    values = np.asarray(advantages, np.float32)
+    by_token = np.where(loss_mask, values if given == loss_mask.shape else np.repeat(values, lengths), np.float32(0))
+    is_finite: NDArray[np.bool_] = np.isfinite(by_token)
+    wrong = np.flatnonzero(~is_finite)
+    if len(wrong):
+        sample = int(np.searchsorted(np.cumsum(lengths), wrong[0], side="right"))
+        group = groups[int(_group_index(groups)[sample])]
+        raise InputError(
+            "algorithm.advantage",
+            float(by_token[wrong[0]]),
+            f"must be finite; the rewards of group {group.id} are {group.rewards.tolist()}",
+            "Change the advantage function or the reward.",
+        )
+    return by_token
+
+
+def _group_index(groups: Sequence[Group]) -> Ints:
+    return np.repeat(np.arange(len(groups)), [len(group.samples) for group in groups]).astype(np.int32)
+
+
+def _lengths(samples: Sequence[Sample]) -> Ints:
+    return np.asarray([len(sample.tokens) for sample in samples], np.int32)
 
 
 def _check_sample(sample: Sample) -> None:

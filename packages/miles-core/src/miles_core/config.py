@@ -6,6 +6,7 @@ installed SGLang, `[train.megatron]` by Megatron's own parser, both before a pro
 
 import copy
 import difflib
+import functools
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -39,10 +40,32 @@ class HookSpec(Section):
     def _as_table(self) -> dict[str, Any]:
         return {"name": self.name, **self.params}  # what `_hook` reads, so that a dumped recipe can be run again
 
+    @classmethod
+    def of(cls, code: Any) -> Self:
+        """The spec of an object in Python: a function, a class, or `functools.partial` of one with its parameters.
+
+        The processes of a run import it by its name, so that it must be found there: no lambda, nothing inside a
+        function, nothing of the script that runs.
+
+        Raises:
+            ValueError: another process could not import it.
+        """
+        params: dict[str, Any] = {}
+        while isinstance(code, functools.partial):
+            if code.args:
+                raise ValueError(f"{code} binds positional arguments: bind parameters by their names")
+            code, params = code.func, {**code.keywords, **params}
+        module, name = getattr(code, "__module__", None), getattr(code, "__qualname__", "")
+        if not name or module in (None, "__main__") or "<" in name:
+            raise ValueError(f"{code!r} cannot be imported by other processes: put a function of that name in a module")
+        return cls(name=f"{module}:{name}", params=params)
+
 
 def _hook(value: Any) -> Any:
     if isinstance(value, str):
         return {"name": value}
+    if callable(value):
+        return HookSpec.of(value)
     if isinstance(value, dict) and "name" in value:
         table = cast("dict[str, Any]", value)
         return {"name": table["name"], "params": {key: item for key, item in table.items() if key != "name"}}
@@ -131,20 +154,48 @@ class RewardSection(Section):
     memory_bytes: int = Field(1 << 30, ge=1 << 26)
 
 
+class KLSection(Section):
+    """`[algorithm.kl]`: what keeps the policy near a reference. It needs `ref_logprobs`.
+
+    Attributes:
+        estimator: "k1", "k2", "k3" or code.
+        coef: weight in the loss, or in the reward.
+        place: "loss" adds coef * KL to each token's loss; "reward" takes it from each token's reward.
+        gradient: in a loss, whose gradient is taken: the estimator's "own", that of "k2", or that of the estimator
+            weighed by "importance" (see miles_core.algorithms.losses.KLTerm).
+    """
+
+    estimator: Hook = HookSpec(name="k3")
+    coef: float = Field(gt=0)
+    place: Literal["loss", "reward"] = "loss"
+    gradient: Literal["own", "k2", "importance"] = "own"
+
+
 class AlgorithmSection(Section):
     """`[algorithm]`: what is learned from the samples.
 
+        loss = product of corrections * loss + kl.coef * KL - entropy_coef * entropy, per token
+
+    `miles hooks` lists the names of what comes with Miles.
+
     Attributes:
-        advantage: "grpo" or code; parameters beside its name.
-        loss: "ppo_clip" or code.
+        advantage: "grpo", another name, or code; parameters beside its name.
+        loss: "ppo_clip", another name, or code.
+        corrections: of what engine and trainer disagree about: "tis", "mis", "icepop" or code, multiplied.
+        kl: to a reference; none by default.
+        entropy_coef: weight of the entropy bonus, in nats.
         reduction: how per-token losses become one number: the mean over all tokens of the step ("token_mean", DAPO),
-            or the mean over samples of the mean over their tokens ("sample_mean", GRPO's first paper).
+            the mean over samples of the mean over their tokens ("sample_mean", GRPO's first paper), another name, or
+            code.
         num_minibatches: optimizer updates per step.
     """
 
     advantage: Hook = HookSpec(name="grpo")
     loss: Hook = HookSpec(name="ppo_clip")
-    reduction: Literal["token_mean", "sample_mean"] = "token_mean"
+    corrections: Annotated[tuple[Hook, ...], Field(strict=False)] = ()
+    kl: KLSection | None = None
+    entropy_coef: float = Field(0.0, ge=0)
+    reduction: Hook = HookSpec(name="token_mean")
     num_minibatches: int = Field(1, gt=0)
 
 
@@ -219,12 +270,16 @@ class ObserveSection(Section):
 
 
 class HooksSection(Section):
-    """`[hooks]`: user code. `reward` is required; the others are called where their names say.
+    """`[hooks]`: user code. `reward` or `group_reward` is required; the others are called where their names say.
 
-    See miles_core.hooks for the signatures.
+    See miles_core.hooks and `miles hooks` for the signatures.
     """
 
-    reward: Hook
+    reward: Hook | None = None
+    group_reward: Hook | None = None
+    rollout: Hook | None = None
+    generate: Hook | None = None
+    filter_before_reward: Hook | None = None
     sample_filter: Hook | None = None
     metrics: Hook | None = None
     after_model_init: Hook | None = None
@@ -233,6 +288,12 @@ class HooksSection(Section):
     after_train_step: Hook | None = None
     after_step: Hook | None = None
     on_checkpoint: Hook | None = None
+
+    @model_validator(mode="after")
+    def _one_judge(self) -> Self:
+        if (self.reward is None) == (self.group_reward is None):
+            raise ValueError("exactly one of hooks.reward (judges a sample) and hooks.group_reward must be given")
+        return self
 
 
 class ClusterSection(Section):

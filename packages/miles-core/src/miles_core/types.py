@@ -60,6 +60,8 @@ class Sample:
         reward_parts: named parts of the reward, for metrics (e.g. {"exact": 1.0}).
         metadata: whatever rollout code wants to keep. JSON-able.
         routed_experts: expert ids per token, layer and rank, [T-1, L, K], or None.
+        columns: further numbers per token by name, float32 [T] each: what a loss or an advantage estimator needs and
+            only rollout code knows, e.g. `teacher_logprobs`. They are not written to disk with the sample.
     """
 
     tokens: Ints
@@ -72,6 +74,7 @@ class Sample:
     reward_parts: Mapping[str, float] = field(default_factory=dict[str, float])
     metadata: Mapping[str, Any] = field(default_factory=dict[str, Any])
     routed_experts: NDArray[Any] | None = None
+    columns: Mapping[str, Floats] = field(default_factory=dict[str, Floats])
 
     @property
     def response_len(self) -> int:
@@ -127,6 +130,7 @@ class Group:
                 dict(sample.reward_parts),
                 dict(sample.metadata),
                 sample.routed_experts,
+                dict(sample.columns),
             )
             for sample in samples
         ]
@@ -167,6 +171,8 @@ class Batch:
         group_index: which group of the step a sample belongs to, int32 [N].
         num_loss_tokens: trained tokens of the minibatch, over all shards.
         num_samples: samples of the minibatch, over all shards.
+        columns: further numbers per token by name, float32 [T] each, as the loss needs them (`ref_logprobs`,
+            `teacher_logprobs`, `returns`, ...).
     """
 
     tokens: Ints
@@ -180,6 +186,7 @@ class Batch:
     group_index: Ints
     num_loss_tokens: int
     num_samples: int
+    columns: Mapping[str, Floats] = field(default_factory=dict[str, Floats])
 
     @property
     def offsets(self) -> NDArray[np.int64]:
@@ -199,6 +206,7 @@ class Batch:
             self,
             **{name: getattr(self, name)[where] for name in per_token},
             **{name: getattr(self, name)[index] for name in per_sample},
+            columns={name: column[where] for name, column in self.columns.items()},
         )
 
 

@@ -54,27 +54,32 @@ def far_enough(micro: MicroBatch, ahead: int) -> NDArray[np.int64]:
     return np.flatnonzero(micro.positions - ahead >= first)
 
 
-def cut(batch: Batch, max_tokens: int, *, all_tokens: bool = False) -> Iterator[MicroBatch]:
+def cut(batch: Batch, max_tokens: int, *, all_tokens: bool = False, whole_groups: bool = False) -> Iterator[MicroBatch]:
     """Yield the samples of a batch as padded micro-batches, sorted by length to waste little on padding.
 
     Args:
         batch: at least one sample, none of them empty.
         max_tokens: most tokens of a micro-batch, padding included; a longer sample gets one of its own.
         all_tokens: select every token but each sample's first, instead of those in loss_mask.
+        whole_groups: keep the samples of a group together, for losses that compare them.
     """
     lengths = batch.lengths.astype(np.int64)
-    order = np.argsort(lengths, kind="stable")
-    first = 0
-    while first < len(order):
-        stop = first + 1
-        # Sorted by length: the next sample would be the longest, and set the width.
-        while stop < len(order) and (stop + 1 - first) * lengths[order[stop]] <= max_tokens:
-            stop += 1
-        yield _padded(batch, order[first:stop], all_tokens)
-        first = stop
+    units = sorted(_units(batch, whole_groups), key=lambda samples: lengths[samples].max())
+    while units:
+        taken, count = 0, 0
+        # Sorted by length: the next unit would have the longest sample, and set the width.
+        while taken < len(units) and (
+            not taken or (count + len(units[taken])) * lengths[units[taken]].max() <= max_tokens
+        ):
+            count += len(units[taken])
+            taken += 1
+        yield _padded(batch, np.concatenate(units[:taken]), all_tokens)
+        units = units[taken:]
 
 
-def cut_packed(batch: Batch, max_tokens: int, *, all_tokens: bool = False, multiple: int = 1) -> Iterator[MicroBatch]:
+def cut_packed(
+    batch: Batch, max_tokens: int, *, all_tokens: bool = False, multiple: int = 1, whole_groups: bool = False
+) -> Iterator[MicroBatch]:
     """Yield the samples of a batch as packed micro-batches: as few as fit, filled evenly.
 
     Args:
@@ -82,9 +87,20 @@ def cut_packed(batch: Batch, max_tokens: int, *, all_tokens: bool = False, multi
         max_tokens: most tokens of a micro-batch; a longer sample gets one of its own.
         all_tokens: select every token but each sample's first, instead of those in loss_mask.
         multiple: tokens are appended until a row's length is a multiple of this (sequence parallelism divides it).
+        whole_groups: keep the samples of a group together, for losses that compare them.
     """
-    for samples in _balanced(batch.lengths.astype(np.int64), max_tokens):
+    units = _units(batch, whole_groups)
+    num_tokens = np.array([batch.lengths[samples].sum() for samples in units], np.int64)
+    for chosen in _balanced(num_tokens, max_tokens):
+        samples = np.sort(np.concatenate([units[unit] for unit in chosen]))
         yield _packed(batch, samples, all_tokens, multiple)
+
+
+def _units(batch: Batch, whole_groups: bool) -> list[NDArray[np.int64]]:
+    """Samples that must stay together, in the batch's order."""
+    if not whole_groups:
+        return list(np.arange(len(batch.lengths))[:, None])
+    return [np.flatnonzero(batch.group_index == group) for group in np.unique(batch.group_index)]
 
 
 def _balanced(lengths: NDArray[np.int64], max_tokens: int) -> list[NDArray[np.int64]]:

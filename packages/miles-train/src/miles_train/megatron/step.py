@@ -191,11 +191,20 @@ class Learner:
     def _cut(self, batch: Batch, *, all_tokens: bool = False) -> list[MicroBatch]:
         """Micro-batches of the batch, and fillers where ranks or stages need another number of them."""
         micros: list[MicroBatch] = []
+        whole_groups = "group_index" in needs_of(self.loss)
         if len(batch.lengths) and self.packed:
             multiple = parallel_state.get_tensor_model_parallel_world_size()
-            micros = list(cut_packed(batch, self.micro_batch_tokens, all_tokens=all_tokens, multiple=multiple))
+            micros = list(
+                cut_packed(
+                    batch,
+                    self.micro_batch_tokens,
+                    all_tokens=all_tokens,
+                    multiple=multiple,
+                    whole_groups=whole_groups,
+                )
+            )
         elif len(batch.lengths):
-            micros = list(cut(batch, self.micro_batch_tokens, all_tokens=all_tokens))
+            micros = list(cut(batch, self.micro_batch_tokens, all_tokens=all_tokens, whole_groups=whole_groups))
         return micros + [_filler()] * (self._num_micro_batches(len(micros)) - len(micros))
 
     def _num_micro_batches(self, count: int) -> int:
@@ -299,7 +308,11 @@ class _Columns:
     def of(cls, batch: Batch, device: torch.device) -> "_Columns":
         names = ("rollout_logprobs", "advantages", "loss_mask", "loss_weights")
         more = {name: runtime.on_device(column, device) for name, column in batch.columns.items()}
-        return cls(*(runtime.on_device(getattr(batch, name), device) for name in names), more, batch.group_index)
+        return cls(
+            *(runtime.on_device(getattr(batch, name), device) for name in names),
+            more=more,
+            group_index=batch.group_index,
+        )
 
     def flat(self, micro: MicroBatch) -> Tensor:
         """Where the tokens of a micro-batch lie in the batch's columns, int64 [T]."""
@@ -319,8 +332,8 @@ class _Columns:
         sample_index = np.repeat(np.arange(len(micro.lengths)), micro.lengths)
         more = {name: self.more[name][flat] for name in needs & self.more.keys()}
         if "group_index" in needs:
-            group_index = np.repeat(self.group_index[micro.samples].astype(np.int64), micro.lengths)
-            more["group_index"] = runtime.on_device(group_index, flat.device)
+            _, group_index = np.unique(self.group_index[micro.samples], return_inverse=True)
+            more["group_index"] = runtime.on_device(np.repeat(group_index, micro.lengths), flat.device)
         inputs = LossInputs(
             logprobs=full,
             old_logprobs=full.detach() if old is None else old[flat],

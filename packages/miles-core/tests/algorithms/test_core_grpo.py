@@ -4,15 +4,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from miles_core.algorithms import grpo
-from miles_core.algorithms.advantages import EPS
+from miles_core.algorithms.advantages import EPS, AdvantageInputs, grpo
 
 REWARDS = st.lists(st.floats(-100, 100, width=32), min_size=1, max_size=16)
 
 
 def advantages(rewards: list[float], normalize_std: bool = True) -> NDArray[np.float32]:
-    (one,) = grpo([np.asarray(rewards, np.float32)], normalize_std=normalize_std)
-    return one
+    return grpo(AdvantageInputs.of_rewards([rewards]), normalize_std=normalize_std)
 
 
 def test_a_hand_worked_group():
@@ -24,12 +22,10 @@ def test_a_hand_worked_group():
 
 
 def test_groups_are_independent_and_may_differ_in_size():
-    one, two = np.array([0, 1], np.float32), np.array([3, 5, 10], np.float32)
-    together = grpo([one, two])
-    assert [a.shape for a in together] == [(2,), (3,)]
-    assert together[0].tolist() == grpo([one])[0].tolist()
-    assert together[1].tolist() == grpo([two])[0].tolist()
-    assert grpo([]) == []
+    together = grpo(AdvantageInputs.of_rewards([[0, 1], [3, 5, 10]]))
+    assert together.shape == (5,)
+    assert together.tolist() == [*advantages([0, 1]).tolist(), *advantages([3, 5, 10]).tolist()]
+    assert grpo(AdvantageInputs.of_rewards([])).shape == (0,)
 
 
 @given(st.floats(-100, 100, width=32), st.integers(1, 64), st.booleans())

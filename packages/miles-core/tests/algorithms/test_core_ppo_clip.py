@@ -4,14 +4,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
 
 from miles_core.algorithms.losses import LossInputs, PPOClip
 
 torch.set_num_threads(1)
 
 
-def inputs(ratios: list[float], advantages: list[float], entropy: Tensor | None = None) -> LossInputs:
+def inputs(ratios: list[float], advantages: list[float]) -> LossInputs:
     size = len(ratios)
     old = torch.linspace(-2, -0.1, size)
     return LossInputs(
@@ -20,7 +19,6 @@ def inputs(ratios: list[float], advantages: list[float], entropy: Tensor | None 
         rollout_logprobs=old.double(),
         advantages=torch.tensor(advantages).double(),
         loss_mask=torch.ones(size, dtype=torch.bool),
-        entropy=entropy,
         sample_index=torch.zeros(size, dtype=torch.long),
     )
 
@@ -47,23 +45,6 @@ def test_values_and_gradients_by_hand(ratio: float, advantage: float, loss: floa
     losses.sum().backward()
     assert given_inputs.logprobs.grad is not None
     assert given_inputs.logprobs.grad.item() == pytest.approx(gradient, abs=1e-6)
-
-
-def test_the_entropy_bonus_by_hand():
-    entropy = torch.tensor([0.5, 2.0], dtype=torch.float64, requires_grad=True)
-    losses, _ = PPOClip(entropy_coef=0.01)(inputs([1.0, 1.0], [1.0, 1.0], entropy))
-    assert losses.tolist() == pytest.approx([-1.005, -1.02])
-    losses.sum().backward()
-    assert entropy.grad is not None and entropy.grad.tolist() == pytest.approx([-0.01, -0.01])
-
-
-def test_entropy_is_asked_for_exactly_when_it_counts():
-    assert not PPOClip().needs_entropy
-    assert PPOClip(entropy_coef=0.01).needs_entropy
-    with pytest.raises(ValueError, match=r"entropy_coef=0\.01 needs inputs\.entropy"):
-        PPOClip(entropy_coef=0.01)(inputs([1.0], [1.0]))
-    without, _ = PPOClip()(inputs([1.1], [1.0], torch.tensor([5.0])))
-    assert without.item() == pytest.approx(-1.1)
 
 
 def test_clip_fractions_count_the_tokens_that_the_clip_stops():
