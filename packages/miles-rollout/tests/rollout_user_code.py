@@ -1,7 +1,9 @@
 """Rewards as a user may write them, for better or worse. Each misbehaves on the response "BAD" alone."""
 
+import asyncio
 import os
 import signal
+import subprocess
 import sys
 import time
 from typing import Any
@@ -19,6 +21,28 @@ async def parts(prompt: Prompt, sample: Sample) -> dict[str, float]:
 
 def environment(prompt: Prompt, sample: Sample) -> float:
     return float(sum("SECRET" in name or "TOKEN" in name or "KEY" in name for name in os.environ))
+
+
+def count_open_files(prompt: Prompt, sample: Sample) -> float:
+    return float(len([name for name in os.listdir("/proc/self/fd") if int(name) > 2]))
+
+
+async def same_loop(prompt: Prompt, sample: Sample, *, seen: list[int]) -> float:
+    """How many loops the samples so far were judged in."""
+    seen.append(id(asyncio.get_running_loop()))
+    return float(len(set(seen)))
+
+
+def needs_a_key(prompt: Prompt, sample: Sample, *, key: str = "") -> float:
+    return 1.0
+
+
+def _check_key(*, key: str = "") -> None:
+    if not key:
+        raise ValueError("no key")
+
+
+needs_a_key.prepare = _check_key  # type: ignore[attr-defined]
 
 
 def misbehave(prompt: Prompt, sample: Sample, *, how: str) -> Any:
@@ -39,6 +63,28 @@ def allocate() -> None:
     kept = []
     while True:
         kept.append(bytearray(1 << 22))
+
+
+def allocate_in_children() -> None:
+    """Each has less than the limit of a process; all together have more."""
+    for _ in range(8):
+        if os.fork() == 0:
+            kept = bytearray(os.urandom(1 << 20)) * 64
+            time.sleep(1000 + len(kept) % 2)
+    time.sleep(1000)
+
+
+def leave_processes() -> float:
+    """More than the limit of a call, and it returns at once."""
+    for _ in range(80):
+        subprocess.Popen(["sleep", "1000"])
+    return 1.0
+
+
+def daemonise_and_die() -> None:
+    """What is left has another session, another group and no parent of ours."""
+    subprocess.Popen(["sleep", "1000"], start_new_session=True)
+    os._exit(3)
 
 
 def print_much() -> None:

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,14 @@ import numpy as np
 import psutil
 import pytest
 
+from miles_core.config import HookSpec, RewardSection
 from miles_core.errors import InputError
 from miles_core.types import Prompt, Sample, VersionSpan
-from miles_rollout.rewards import PoolSettings, RewardPool, Verdict
 from miles_rollout._processes import descendants
+from miles_rollout.rewards import PoolSettings, RewardPool, Verdict, make_judge
 
-LIMITS = PoolSettings(timeout_s=3.0, memory_bytes=1 << 28)
+LIMITS = PoolSettings(timeout_s=60.0, memory_bytes=1 << 28)
+IMPATIENT = replace(LIMITS, timeout_s=2.0)
 PROMPT = Prompt("p1", "2+2=", {"answer": "4"})
 
 
@@ -32,9 +35,11 @@ def sample(text: str) -> Sample:
     return Sample(tokens, tokens > 4, logprobs, (VersionSpan(2, 6, 0),), "stop", text, metadata={"turns": 1})
 
 
-def with_pool(use: Callable[[RewardPool], Awaitable[Any]], reward: str, **params: Any) -> Any:
+def with_pool(
+    use: Callable[[RewardPool], Awaitable[Any]], reward: str, limits: PoolSettings = LIMITS, **params: Any
+) -> Any:
     async def run() -> Any:
-        pool = RewardPool(f"rollout_user_code:{reward}", params, LIMITS)
+        pool = RewardPool(f"rollout_user_code:{reward}", params, limits)
         try:
             return await use(pool)
         finally:
@@ -56,6 +61,17 @@ def test_secrets_are_not_inherited(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "WANDB_API_KEY", "MY_SECRET"):
         monkeypatch.setenv(name, "x")
     assert judged("environment", "x") == [Verdict(0.0)]
+
+
+def test_files_are_not_inherited(tmp_path: Path) -> None:
+    with open(tmp_path / "open", "w") as file:
+        os.set_inheritable(file.fileno(), True)
+        (verdict,) = judged("count_open_files", "x")
+    assert verdict.reward <= 5  # the socket, its loop's three, and the listing itself
+
+
+def test_async_rewards_keep_one_loop_so_that_they_may_keep_connections() -> None:
+    assert judged("same_loop", "x", "y", "z", seen=[]) == [Verdict(1.0)] * 3
 
 
 @pytest.mark.parametrize(
@@ -81,6 +97,8 @@ def test_a_bad_answer_has_a_reason_and_the_rest_is_judged(how: str, failure: str
         ("hang_deaf", "reward timeout"),
         ("hide_a_process", "reward timeout"),
         ("allocate", "reward out of memory"),
+        ("allocate_in_children", "reward out of memory"),
+        ("daemonise_and_die", "reward process died"),
         ("print_much", "reward output"),
         ("exit_process", "reward process died"),
         ("fork_without_end", "reward processes"),
@@ -98,9 +116,25 @@ def test_what_must_be_killed_is_and_the_pool_goes_on(how: str, failure: str) -> 
         assert len(new) == 1, f"beside the new process there are {[psutil.Process(pid).cmdline() for pid in new]}"
 
     before = set(psutil.pids())
-    with_pool(use, "misbehave", how=how)
+    with_pool(use, "misbehave", IMPATIENT if failure == "reward timeout" else LIMITS, how=how)
+    assert not [pid for pid in psutil.pids() if pid not in before and is_a_stray(pid)]
     left = [process for process in psutil.process_iter() if process.pid not in before and is_ours(process)]
     assert not psutil.wait_procs(left, timeout=2)[1]
+
+
+def test_processes_that_a_quick_call_leaves_are_counted() -> None:
+    before = set(psutil.pids())
+    good, bad = judged("misbehave", "good", "BAD", how="leave_processes")
+    assert good == Verdict(1.0) and bad.failure == "reward processes"
+    assert not [pid for pid in psutil.pids() if pid not in before and is_a_stray(pid)]
+
+
+def is_a_stray(pid: int) -> bool:
+    """What the rewards above start besides themselves."""
+    try:
+        return psutil.Process(pid).cmdline() == ["sleep", "1000"]
+    except psutil.NoSuchProcess:
+        return False
 
 
 def is_ours(process: psutil.Process) -> bool:
@@ -139,6 +173,21 @@ def test_a_reward_that_cannot_be_loaded_is_bad_input(reward: str, words: str) ->
             await pool.close()
 
     asyncio.run(run())
+
+
+@pytest.mark.parametrize("isolate", [True, False])
+def test_what_a_reward_needs_is_asked_for_before_the_first_sample(isolate: bool) -> None:
+    async def run(**params: Any) -> None:
+        spec = HookSpec(name="rollout_user_code:needs_a_key", params=params)
+        judge = make_judge(spec, RewardSection(isolate=isolate))  # pyright: ignore[reportCallIssue]
+        try:
+            await judge.start()
+        finally:
+            await judge.close()
+
+    asyncio.run(run(key="k"))
+    with pytest.raises(InputError, match="no key"):
+        asyncio.run(run())
 
 
 OWNER = """

@@ -1,6 +1,6 @@
 """Judging samples: built-in rewards, and where reward code runs."""
 
-from miles_rollout.rewards.builtin import exact_match, last_integer, position_match
+from miles_rollout.rewards.builtin import exact_match, last_integer, position_match, regex_match
 from miles_rollout.rewards.judge import InProcessJudge, Judge, Verdict
 from miles_rollout.rewards.load import make_judge
 from miles_rollout.rewards.pool import PoolSettings, RewardPool
@@ -17,4 +17,5 @@ __all__ = [  # noqa: RUF022 (grouped by subject)
     "exact_match",
     "last_integer",
     "position_match",
+    "regex_match",
 ]

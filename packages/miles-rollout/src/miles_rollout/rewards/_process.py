@@ -15,7 +15,7 @@ import msgspec
 from miles_core.config import HookSpec
 from miles_core.hooks import Reward, load_hook
 from miles_rollout.rewards import _wire
-from miles_rollout.rewards.judge import Verdict, verdict_of
+from miles_rollout.rewards.judge import Verdict, prepare, verdict_of
 
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 
@@ -28,9 +28,11 @@ def main() -> None:
         return
     _bind_to(setup.owner_pid)
     sys.path[:] = setup.sys_path
+    runner = asyncio.Runner()  # one loop for all calls, so that a reward may keep connections
     try:
         _limit_memory(setup.memory_bytes)
         reward = load_hook(HookSpec(name=setup.reward, params=setup.params), "hooks.reward", Reward)
+        runner.run(prepare(reward, setup.reward))
     except BaseException as error:  # noqa: BLE001  importing user code may do anything
         channel.sendall(_wire.pack(_wire.Ready(error=f"{type(error).__name__}: {error}"[:2000])))
         return
@@ -38,7 +40,7 @@ def main() -> None:
     while (call := _receive(channel, _wire.Call)) is not None:
         prompt = _wire.prompt_of(call)
         for wire in call.samples:
-            verdict = _judge(reward, prompt, _wire.sample_of(wire), setup.reward)
+            verdict = _judge(runner, reward, prompt, _wire.sample_of(wire), setup.reward)
             channel.sendall(_wire.pack(_reply(verdict)))
 
 
@@ -64,11 +66,11 @@ def _limit_memory(memory_bytes: int) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
-def _judge(reward: Any, prompt: Any, sample: Any, name: str) -> Verdict:
+def _judge(runner: asyncio.Runner, reward: Any, prompt: Any, sample: Any, name: str) -> Verdict:
     try:
         value = reward(prompt, sample)
         if inspect.isawaitable(value):
-            value = asyncio.run(_wait(value))
+            value = runner.run(_wait(value))
         return verdict_of(value, name)
     except MemoryError:
         return Verdict(failure="reward out of memory", detail=f"{name}: reward.memory_bytes is too little for it")

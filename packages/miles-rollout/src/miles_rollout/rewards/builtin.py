@@ -2,8 +2,10 @@
 
 import re
 
-from miles_core.errors import InputError
+import regex  # has time limits, which the standard library's has not
+
 from miles_core.types import Prompt, Sample
+from miles_rollout.rewards.metadata import entry
 
 _INTEGER = re.compile(r"-?\d+")
 
@@ -16,7 +18,7 @@ def exact_match(prompt: Prompt, sample: Sample, *, answer: str = "answer") -> fl
         sample: judged by its text.
         answer: key of the metadata.
     """
-    return float(sample.text.strip() == _answer(prompt, answer).strip())
+    return float(sample.text.strip() == str(entry(prompt, answer)).strip())
 
 
 def position_match(prompt: Prompt, sample: Sample, *, answer: str = "answer") -> dict[str, float]:
@@ -30,7 +32,7 @@ def position_match(prompt: Prompt, sample: Sample, *, answer: str = "answer") ->
         sample: judged by its text and finish_reason.
         answer: key of the metadata.
     """
-    wanted = _answer(prompt, answer)
+    wanted = str(entry(prompt, answer))
     right = sum(map(str.__eq__, sample.text, wanted))
     right += sample.finish_reason == "stop" and len(sample.text) == len(wanted)
     return {"reward": right / (len(wanted) + 1), "exact": float(right == len(wanted) + 1)}
@@ -45,15 +47,28 @@ def last_integer(prompt: Prompt, sample: Sample, *, answer: str = "answer") -> f
         answer: key of the metadata.
     """
     found = _INTEGER.findall(sample.text)
-    return float(bool(found) and int(found[-1]) == int(_answer(prompt, answer)))
+    return float(bool(found) and int(found[-1]) == int(entry(prompt, answer)))
 
 
-def _answer(prompt: Prompt, key: str) -> str:
-    if key not in prompt.metadata:
-        raise InputError(
-            "hooks.reward.answer",
-            key,
-            f"the metadata of prompt {prompt.id!r} has no such key",
-            f"It has: {sorted(prompt.metadata)}.",
-        )
-    return str(prompt.metadata[key])
+def regex_match(
+    prompt: Prompt, sample: Sample, *, pattern: str, answer: str = "answer", timeout_s: float = 1.0
+) -> float:
+    """1 if the last match of a pattern is the answer; else 0.
+
+    Compared is the pattern's first group; a pattern without one need only match somewhere. Blanks around do not count.
+
+    Args:
+        prompt: its metadata holds the answer, if the pattern has a group.
+        sample: judged by its text.
+        pattern: a regular expression, in which "." matches line ends as well.
+        answer: key of the metadata.
+        timeout_s: seconds for the search.
+
+    Raises:
+        TimeoutError: the pattern takes longer than that on this text: it backtracks without end.
+    """
+    compiled = regex.compile(pattern, regex.DOTALL)
+    matches = list(compiled.finditer(sample.text, timeout=timeout_s))
+    if not matches or not compiled.groups:
+        return float(bool(matches))
+    return float((matches[-1][1] or "").strip() == str(entry(prompt, answer)).strip())

@@ -1,11 +1,14 @@
 """Who runs reward code, and what comes of it."""
 
+import asyncio
+import functools
 import inspect
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from miles_core.errors import InputError
 from miles_core.hooks import Reward
 from miles_core.types import Prompt, Sample
 
@@ -47,7 +50,10 @@ class Judge(Protocol):
 
 
 class InProcessJudge:
-    """Runs a trusted reward function in this process: fast, and without any limit on what it does."""
+    """Runs a trusted reward function in this process: fast, and without any limit on what it does.
+
+    Samples of an `async def` are judged at the same time.
+    """
 
     def __init__(self, reward: Reward, name: str):
         """Keep the function.
@@ -61,10 +67,11 @@ class InProcessJudge:
 
     async def judge(self, prompt: Prompt, samples: Sequence[Sample]) -> list[Verdict]:
         """See Judge.judge."""
-        return [await self._one(prompt, sample) for sample in samples]
+        return await asyncio.gather(*[self._one(prompt, sample) for sample in samples])
 
     async def start(self) -> None:
-        """Nothing to start."""
+        """See Judge.start."""
+        await prepare(self._reward, self._name)
 
     async def close(self) -> None:
         """Nothing runs."""
@@ -77,6 +84,34 @@ class InProcessJudge:
             return verdict_of(value, self._name)
         except Exception as error:  # noqa: BLE001  whatever user code raises is data here
             return Verdict(failure="reward raised", detail=f"{self._name}: {type(error).__name__}: {error}")
+
+
+async def prepare(reward: Reward, name: str) -> None:
+    """Call what a reward function wants called before its first sample, if it has such a thing.
+
+    That is its attribute `prepare`: it takes the recipe's parameters, may be async, and raises what makes judging
+    impossible from the start.
+
+    Args:
+        reward: with its parameters bound.
+        name: of the function as the recipe has it.
+
+    Raises:
+        InputError: it cannot judge here, and why.
+    """
+    function, params = (reward.func, reward.keywords) if isinstance(reward, functools.partial) else (reward, {})
+    wanted = getattr(function, "prepare", None)
+    if wanted is not None:
+        try:
+            value = wanted(**params)
+            if inspect.isawaitable(value):
+                await value
+        except InputError:
+            raise
+        except Exception as error:  # user code may raise anything
+            raise InputError(
+                "hooks.reward", name, f"cannot be prepared ({type(error).__name__}: {error})", "Mend it."
+            ) from error
 
 
 def verdict_of(value: Any, name: str) -> Verdict:

@@ -10,29 +10,28 @@ the user chose to run.
 """
 
 import asyncio
-import contextlib
 import os
-import signal
+import secrets
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
 
 from miles_core.errors import InputError
 from miles_core.types import Prompt, Sample
+from miles_rollout._processes import MARK, descendants, end_tree, has_children, memory_of
 from miles_rollout.rewards import _wire
-from miles_rollout._processes import descendants
 from miles_rollout.rewards.judge import Verdict
 
 # What a process may see of the owner's environment: where programs and libraries are, and how to speak. Keys and
 # tokens are not among it.
 _INHERITED = ("PATH", "PYTHONPATH", "LD_LIBRARY_PATH", "LANG", "LC_ALL", "LC_CTYPE", "TZ", "TMPDIR")
-# Between looks at how many processes a call has started; calls shorter than this are not looked at.
+# Between looks at how many processes a call has started and at their memory.
 _LOOK_EVERY_S = 0.1
 
 
@@ -43,7 +42,8 @@ class PoolSettings:
     Attributes:
         processes: that judge at the same time.
         timeout_s: wall-clock limit for one sample.
-        memory_bytes: that one process may allocate on top of the interpreter's own, address space counted.
+        memory_bytes: that one process may allocate on top of the interpreter's own, address space counted; and that it
+            may have together with all that it started.
         max_output_bytes: that one call may print.
         max_processes: that one call may have running.
         start_timeout_s: limit for the start, the import of the reward's module included.
@@ -144,6 +144,8 @@ class _Process:
     _printed: int = 0
     _last_verdict: float = 0.0
     _last_print: bytes = b""
+    _own_bytes: int = 0
+    _mark: str = field(default_factory=lambda: secrets.token_hex(16))
 
     @property
     def pid(self) -> int:
@@ -152,7 +154,8 @@ class _Process:
 
     async def start(self) -> None:
         ours, theirs = socket.socketpair()
-        environment = {name: os.environ[name] for name in _INHERITED if name in os.environ} | {"OMP_NUM_THREADS": "1"}
+        environment = {name: os.environ[name] for name in _INHERITED if name in os.environ}
+        environment |= {"OMP_NUM_THREADS": "1", MARK: self._mark}
         with theirs:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "miles_rollout.rewards._process", str(theirs.fileno())],
@@ -178,6 +181,7 @@ class _Process:
             error = f"its process ended while importing it: {self._last_words()}"
         if error:
             raise InputError("hooks.reward", self.reward, f"cannot be loaded ({error})", "Mend or rename it.")
+        self._own_bytes = memory_of([self.pid])
 
     async def judge(self, prompt: Prompt, samples: Sequence[Sample]) -> list[Verdict]:
         """Verdicts up to the first that is fatal to the process."""
@@ -191,7 +195,8 @@ class _Process:
             failure = await self._watch(collecting)
         finally:
             collecting.cancel()
-        return verdicts if failure is None else [*verdicts, failure]
+        # What is found out after the last verdict is held against the last sample.
+        return verdicts if failure is None else [*verdicts[: len(samples) - 1], failure]
 
     async def _collect(self, verdicts: list[Verdict], count: int) -> None:
         while len(verdicts) < count:
@@ -209,16 +214,26 @@ class _Process:
             done, _ = await asyncio.wait([collecting], timeout=min(_LOOK_EVERY_S, max(left, 0)))
             if self._printed > limits.max_output_bytes:
                 return self._failure("reward output", f"printed more than {limits.max_output_bytes} bytes")
+            if not done and time.monotonic() >= self._last_verdict + limits.timeout_s:
+                return self._failure("reward timeout", f"took longer than {limits.timeout_s:g} s")
+            # Also when all is done: what a short call leaves running adds up over many.
+            if has_children(self.pid) and (failure := self._exceeded()) is not None:
+                return failure
             if done:
                 break
-            if time.monotonic() >= self._last_verdict + limits.timeout_s:
-                return self._failure("reward timeout", f"took longer than {limits.timeout_s:g} s")
-            if len(descendants(self.pid)) > limits.max_processes:
-                return self._failure("reward processes", f"started more than {limits.max_processes} processes")
         try:
             collecting.result()
         except (OSError, asyncio.IncompleteReadError, msgspec.DecodeError):
             return self._failure("reward process died", self._last_words())
+        return None
+
+    def _exceeded(self) -> Verdict | None:
+        limits, below = self.settings, descendants(self.pid)
+        if len(below) > limits.max_processes:
+            return self._failure("reward processes", f"started more than {limits.max_processes} processes")
+        if memory_of([self.pid, *below]) > self._own_bytes + limits.memory_bytes:
+            detail = f"has more than {limits.memory_bytes} bytes with all that it started"
+            return self._failure("reward out of memory", detail)
         return None
 
     def kill(self) -> None:
@@ -227,14 +242,7 @@ class _Process:
             asyncio.get_running_loop().remove_reader(self._output_fd())
             assert self._process.stdout is not None
             self._process.stdout.close()
-            # The group in one blow, so that a process that forks without end cannot outrun it; then who left the
-            # group. They are looked up before: afterwards they have no parent to be found by.
-            strays = descendants(self.pid)
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self.pid, signal.SIGKILL)
-            for stray in strays:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(stray, signal.SIGKILL)
+            end_tree(self.pid, self._mark)
             self._process.wait()
             self._process = None
         if self._writer is not None:

@@ -26,7 +26,8 @@ _MOUNT_ATTR_RDONLY, _MOUNT_ATTR_NOSUID, _MOUNT_ATTR_NODEV = 1, 2, 4
 _AT_FDCWD, _AT_RECURSIVE = -100, 0x8000
 _SYS_MOUNT_SETATTR = 442
 _SYS_PIVOT_ROOT = {"x86_64": 155, "aarch64": 41}
-_PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_SECCOMP, _PR_CAPBSET_DROP, _PR_SET_NO_NEW_PRIVS = 1, 4, 22, 24, 38
+_PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_CHILD_SUBREAPER = 1, 4, 36
+_PR_SET_SECCOMP, _PR_CAPBSET_DROP, _PR_SET_NO_NEW_PRIVS = 22, 24, 38
 _SECCOMP_MODE_FILTER = 2
 
 _NOBODY = 65534
@@ -49,6 +50,7 @@ def main() -> None:
         if setup["isolate"]:
             _isolate(setup, report_fd)
         else:
+            _prctl(_PR_SET_CHILD_SUBREAPER, 1)
             _serve(setup, report_fd, os.getuid())
 
 
@@ -58,7 +60,7 @@ def _reported(report_fd: int) -> Any:
     try:
         yield
     except OSError as error:
-        os.write(report_fd, json.dumps({"error": str(error)}).encode())
+        os.write(report_fd, json.dumps({"error": str(error)}).encode() + b"\n")
         os._exit(1)
 
 
@@ -165,12 +167,35 @@ def _serve(setup: dict[str, Any], report_fd: int, uid: int) -> NoReturn:
             _limit(setup)
             if setup["isolate"]:
                 _drop_rights(uid, base64.b64decode(setup["seccomp"]))
-            os.execvpe(setup["command"][0], setup["command"], setup["environment"])
+            _execute(setup["command"], setup["environment"])
     while True:
         pid, status = os.wait()
         if pid == child:
-            os.write(report_fd, json.dumps({"exit": os.waitstatus_to_exitcode(status)}).encode())
+            os.write(report_fd, json.dumps({"exit": os.waitstatus_to_exitcode(status)}).encode() + b"\n")
+            if not setup["isolate"]:
+                _end_children()
             os._exit(0)
+
+
+def _execute(command: list[str], environment: dict[str, str]) -> NoReturn:
+    """Become the command; as with a shell, 127 says that there is none."""
+    try:
+        os.execvpe(command[0], command, environment)
+    except OSError as error:
+        os.write(2, f"{command[0]}: {error.strerror}\n".encode())
+        os._exit(127)
+
+
+def _end_children() -> None:
+    """Kill what the command left, and what is left of that: it all becomes this process's children in turn."""
+    while True:
+        with open(f"/proc/self/task/{os.getpid()}/children") as file:
+            children = file.read().split()
+        if not children:
+            return
+        for pid in children:
+            os.kill(int(pid), signal.SIGKILL)
+        os.wait()
 
 
 def _limit(setup: dict[str, Any]) -> None:

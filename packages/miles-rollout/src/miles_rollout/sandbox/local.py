@@ -12,6 +12,7 @@ import json
 import math
 import os
 import secrets
+import signal
 import subprocess
 import sys
 import tempfile
@@ -27,7 +28,7 @@ from miles_rollout.sandbox.types import Ending, Limits, Result, SandboxUnavailab
 _LAUNCHER = Path(__file__).with_name("_launcher.py")
 _LOOK_EVERY_S = 0.05
 # The launcher and its two helpers, which are no business of the command's limit.
-_OWN_BYTES = 32 << 20
+_OWN_BYTES, _OWN_PROCESSES = 32 << 20, 3
 _READ_ONLY = ("/usr", "/bin", "/sbin", "/lib", "/lib64")
 
 
@@ -51,7 +52,7 @@ class LocalSandbox:
         """See Sandbox.run.
 
         Raises:
-            SandboxUnavailable: the host denies a namespace or a mount, or the command cannot be executed.
+            SandboxUnavailable: the host denies a namespace or a mount.
             ValueError: a file's name leads out of the folder.
         """
         setup = self._setup(files, command, limits)
@@ -172,12 +173,15 @@ class _Run:
         below = descendants(pid)
         if memory_of([pid, *below]) > self._limits.memory_bytes + _OWN_BYTES:
             return "memory"
-        # In a namespace of its own the kernel counts, and a program that wants more gets an error.
-        return "processes" if not self._setup["isolate"] and len(below) > self._limits.processes else None
+        # In a user namespace the kernel counts, and a program that wants more gets an error; but not where the id of
+        # the host's root is the only one to be had.
+        return "processes" if len(below) > self._limits.processes + _OWN_PROCESSES else None
 
     def _end(self, process: subprocess.Popen[bytes]) -> None:
-        ended = self._quiet.is_set() and not self._too_much_said()
-        if not (ended and self._setup["isolate"]):  # else the namespace's last process was gone before
+        if self._setup["isolate"]:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # init among them, whose end is the end of its namespace
+        else:
             end_tree(process.pid, self._mark)
         process.wait()
         for stream in (process.stdout, process.stderr):
@@ -185,7 +189,7 @@ class _Run:
             stream.close()
 
     def _exit_code(self, words: bytes, ended: Ending) -> int:
-        report = json.loads(words) if words else {}
+        report = json.loads(words.splitlines()[0]) if words else {}
         if "error" in report:
             raise SandboxUnavailable("sandbox", "local", f"cannot run here ({report['error']})", _WAY_OUT)
         if "exit" not in report and ended == "exit":
@@ -196,8 +200,8 @@ class _Run:
 
 _WAY_OUT = (
     "Allow user namespaces on this host (sysctl kernel.unprivileged_userns_clone, user.max_user_namespaces, "
-    "kernel.apparmor_restrict_unprivileged_userns; containers: seccomp=unconfined), use a remote sandbox, or, where the "
-    "code may have all that you have, say allow_untrusted_exec = true."
+    "kernel.apparmor_restrict_unprivileged_userns; containers: seccomp=unconfined), name a sandbox of your own, or, "
+    "where the code may have all that you have, say allow_untrusted_exec = true."
 )
 
 

@@ -34,7 +34,8 @@ class Result:
 
     Attributes:
         ended: "exit" if it did by itself, else the limit that it was killed at.
-        exit_code: of the command; minus the signal's number if one ended it, also where a limit did.
+        exit_code: of the command, 127 if there is none of that name; minus the signal's number if one ended it, also
+            where a limit did.
         stdout: what it wrote, up to the limit.
         stderr: the same.
         wall_s: seconds, the sandbox's own start included.
