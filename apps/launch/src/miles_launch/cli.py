@@ -78,6 +78,40 @@ def verify(
     raise typer.Exit(0 if report["holds"] else 1)
 
 
+@app.command()
+def export(
+    checkpoint: Annotated[Path, typer.Argument(metavar="CKPT_DIR|RUN_DIR", help="A checkpoint, or a run's folder.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The Hugging Face directory to make.")],
+    overrides: SetOption = [],  # noqa: B006 (as above)
+    model: Annotated[Path | None, typer.Option("--model", help="What training started from.")] = None,
+    verify: Annotated[bool, typer.Option("--verify", help="Read it again and compare; exit code 1.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Write a checkpoint as a Hugging Face directory."""
+    from miles_launch import export as tool  # noqa: PLC0415 (as above)
+
+    with Terminal(stderr=True).status("reading headers") as status:
+        report = tool.export(checkpoint, out, overrides, model, verify=verify, say=status.update)
+    if as_json:
+        typer.echo(json.dumps(report, indent=1))
+    else:
+        tool.print_report(report, Terminal())
+    raise typer.Exit(0 if report["holds"] else 1)
+
+
+@app.command()
+def models(as_json: JsonOption = False) -> None:
+    """List the families that can be trained and what each supports, asked of the code itself."""
+    from miles_launch import list_models as tool  # noqa: PLC0415 (as above)
+
+    with Terminal(stderr=True).status("asking every family"):
+        families = tool.list_models()
+    if as_json:
+        typer.echo(json.dumps(families, indent=1))
+    else:
+        tool.print_models(families, Terminal())
+
+
 def main() -> None:
     """Run the command; every error of ours is one message on standard error and its own exit code."""
     _find_code_here()

@@ -9,6 +9,7 @@ from miles_core.config import override_recipe
 from miles_train.megatron.layout import fewest_ranks
 from miles_train.megatron.settings import check_settings
 
+LONGEST = 64
 READ = ("train.megatron.", "train.num_ranks=", "train.micro_batch_tokens=", "model.family=")
 
 
@@ -46,3 +47,26 @@ def tool_recipe(
     if any(override.startswith("train.num_ranks=") for override in overrides):
         return recipe
     return override_recipe(table, [*overrides, f"train.num_ranks={fewest_ranks(recipe.train.megatron)}"])
+
+
+def probe_of(path: Path) -> dict[str, int]:
+    """`vocab_size` of a model directory, and `longest`, tokens of the longest probe.
+
+    Some rotary embeddings hold up to a length only; the trainer refuses longer sequences.
+
+    Raises:
+        InputError: config.json cannot be read, or names no vocabulary.
+    """
+    from miles_train.model_dir import open_model_directory  # noqa: PLC0415 (torch)
+
+    config = open_model_directory(path).config
+    text = config.get("text_config") or config
+    rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
+    limits = [LONGEST, text.get("max_position_embeddings", LONGEST)]
+    if rope.get("rope_type", rope.get("type")) in ("dynamic", "longrope"):
+        original = rope.get("original_max_position_embeddings") or text.get("original_max_position_embeddings")
+        limits.append(original or LONGEST)
+    vocab_size = text.get("vocab_size")
+    if not isinstance(vocab_size, int) or vocab_size < 1:
+        raise InputError("vocab_size in config.json", vocab_size, "must be a positive number", "Save the config again.")
+    return {"vocab_size": vocab_size, "longest": max(2, min(limits))}

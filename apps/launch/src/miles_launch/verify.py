@@ -21,14 +21,13 @@ from miles_core import InputError
 from miles_core.config import ModelSection, TrainSection
 from miles_launch.loading import decode_fp8
 from miles_launch.short_ranks import run_ranks
-from miles_launch.tool_settings import tool_recipe
+from miles_launch.tool_settings import probe_of, tool_recipe
 from miles_train.megatron.layout import check_layout
 
 if TYPE_CHECKING:
     from miles_train.megatron.runtime import Address
     from miles_train.model_dir import ModelDirectory
 
-LONGEST = 64  # tokens of the longest probe
 _WORST = 5  # gradients shown
 
 
@@ -52,7 +51,7 @@ def verify(path: Path, overrides: Sequence[str], say: Callable[[str], None]) -> 
     _refuse_what_transformers_lacks(train)
     directory = _checked(path, model)
     check_layout(train.megatron, train.num_ranks, directory.config)
-    probe = {"path": str(path.resolve()), **_probe(directory.config)}
+    probe = {"path": str(path.resolve()), **probe_of(path)}
     with tempfile.TemporaryDirectory(prefix="miles-verify-") as folder:
         _check_room(Path(folder), directory)
         common = {**probe, "folder": folder}
@@ -134,20 +133,6 @@ def _checked(path: Path, model: ModelSection) -> "ModelDirectory":
     else:
         check_name(model.family)
     return directory
-
-
-def _probe(config: Mapping[str, Any]) -> dict[str, int]:
-    """Vocabulary, and how long probes may be: some rotary embeddings hold up to a length only."""
-    text = config.get("text_config") or config
-    rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
-    limits = [LONGEST, text.get("max_position_embeddings", LONGEST)]
-    if rope.get("rope_type", rope.get("type")) in ("dynamic", "longrope"):
-        original = rope.get("original_max_position_embeddings") or text.get("original_max_position_embeddings")
-        limits.append(original or LONGEST)
-    vocab_size = text.get("vocab_size")
-    if not isinstance(vocab_size, int) or vocab_size < 1:
-        raise InputError("vocab_size in config.json", vocab_size, "must be a positive number", "Save the config again.")
-    return {"vocab_size": vocab_size, "longest": max(2, min(limits))}
 
 
 def _check_room(folder: Path, directory: "ModelDirectory") -> None:

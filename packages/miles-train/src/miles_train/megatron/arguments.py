@@ -7,6 +7,7 @@ import json
 import logging
 import os
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,7 @@ class _Parser(argparse.ArgumentParser):
         raise InputError(SECTION, "...", f"Megatron's parser says: {message}", "Correct the value.")
 
 
+@cache
 def _parser() -> argparse.ArgumentParser:
     with contextlib.redirect_stdout(io.StringIO()):
         return add_megatron_arguments(_Parser(allow_abbrev=False))

@@ -132,7 +132,8 @@ _EXPERTS = ("num_experts", "n_routed_experts", "num_local_experts")
 def _divided(layout: Layout, model: Mapping[str, Any]) -> Iterator[tuple[str, int, tuple[str, ...]]]:
     """Key, size, and what of the model it divides."""
     yield _KEYS["tensor"], layout.tensor, ("num_attention_heads", "intermediate_size")
-    if not model.get("kv_lora_rank"):  # latent attention has no key-value heads, whatever the config says
+    # Latent attention has no key-value heads, and DeepSeek-V4 one that all ranks hold, whatever the config says.
+    if not model.get("kv_lora_rank") and model.get("model_type") != "deepseek_v4":
         yield _KEYS["tensor"], layout.tensor, ("num_key_value_heads",)
     # Linear attention's heads are divided over context-parallel ranks as well, each with the whole sequence then.
     both = f"{_KEYS['tensor']} * {_KEYS['context']}"
