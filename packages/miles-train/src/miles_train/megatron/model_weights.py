@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from miles_train.megatron import hf_export
+from miles_train.megatron import hf_export, runtime
 from miles_train.megatron.upstream import parallel_state
 from miles_train.megatron.weights.convert import hf_weights
 from miles_train.megatron.weights.load import Progress, Source, load_weights, stored_ties
@@ -84,6 +84,7 @@ class ModelWeights:
             self._share,
             global_tensors(self._chunks),
             max_shard_bytes=max_shard_bytes,
+            group=runtime.host_group(),
         )
 
     def _parts(self) -> LocalParts:

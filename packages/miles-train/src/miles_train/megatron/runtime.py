@@ -88,6 +88,8 @@ def start(args: argparse.Namespace, address: Address, *, deterministic: bool) ->
             distributed_timeout_minutes=args.distributed_timeout_minutes,
             create_gloo_process_groups=False,
         )
+        if args.distributed_backend != "gloo":
+            _Groups.host = distributed.new_group(backend="gloo", timeout=timeout)
     torch.use_deterministic_algorithms(deterministic)
     # As megatron/training/initialize.py, `_set_random_seed`: stages differ, and what differs within one Megatron's
     # tracker keeps apart.
@@ -150,8 +152,20 @@ def _hush() -> None:
     writer.addFilter(lambda record: not record.getMessage().startswith("MCore's async save is deprecated"))
 
 
+class _Groups:
+    """What `start` made beside Megatron's groups."""
+
+    host: distributed.ProcessGroup | None = None
+
+
+def host_group() -> distributed.ProcessGroup | None:
+    """The group of all ranks that moves tensors in host memory; None where the default group does."""
+    return _Groups.host
+
+
 def stop() -> None:
     """Take down what `start` made; safe to call twice."""
+    _Groups.host = None
     if distributed.is_initialized():
         parallel_state.destroy_model_parallel()
         distributed.destroy_process_group()
