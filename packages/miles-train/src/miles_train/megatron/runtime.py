@@ -89,7 +89,8 @@ def start(args: argparse.Namespace, address: Address, *, deterministic: bool) ->
             create_gloo_process_groups=False,
         )
         if args.distributed_backend != "gloo":
-            _Groups.host = distributed.new_group(backend="gloo", timeout=timeout)
+            made: Any = distributed.new_group(backend="gloo", timeout=timeout)  # annotated as an int as well
+            _Groups.host = made
     torch.use_deterministic_algorithms(deterministic)
     # As megatron/training/initialize.py, `_set_random_seed`: stages differ, and what differs within one Megatron's
     # tracker keeps apart.
