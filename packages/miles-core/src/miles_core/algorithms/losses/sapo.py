@@ -37,7 +37,7 @@ class SAPO:
         """Return per-token losses [T] and the metrics `gate`, 1 at r = 1 and less elsewhere, and `ratio` [T]."""
         ratio = torch.exp(inputs.log_ratio())
         advantages = inputs.masked(inputs.advantages)
-        tau = torch.where(advantages > 0, self.tau_positive, self.tau_negative)
+        tau = torch.full_like(advantages, self.tau_negative).masked_fill(advantages > 0, self.tau_positive)
         open_by = torch.sigmoid(tau * (ratio - 1))
         gate = (4 * open_by * (1 - open_by)).detach()  # what is left of the gradient by r
         return -4 / tau * open_by * advantages, {"gate": gate, "ratio": ratio.detach()}
