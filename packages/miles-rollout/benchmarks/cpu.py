@@ -22,21 +22,21 @@ from miles_rollout.sglang import ServerSettings, SGLangEngine, SGLangServer
 GROUPS, GROUP_SIZE, NEW_TOKENS = 32, 16, 5
 
 
-def make_model(folder: Path) -> None:
-    """A random Qwen3: hidden 64, 2 layers, vocabulary 16."""
+def make_model(folder: Path, vocab_size: int = 16, context_length: int = 256) -> None:
+    """A random Qwen3: hidden 64, 2 layers."""
     rng = np.random.default_rng(0)
     sizes = {"self_attn.q_proj": (64, 64), "self_attn.k_proj": (32, 64), "self_attn.v_proj": (32, 64)}
     sizes |= {"self_attn.o_proj": (64, 64), "self_attn.q_norm": (16,), "self_attn.k_norm": (16,)}
     sizes |= {"mlp.gate_proj": (128, 64), "mlp.up_proj": (128, 64), "mlp.down_proj": (64, 128)}
     sizes |= {"input_layernorm": (64,), "post_attention_layernorm": (64,)}
     weights = {f"model.layers.{i}.{name}.weight": size for i in range(2) for name, size in sizes.items()}
-    weights |= {"model.embed_tokens.weight": (16, 64), "model.norm.weight": (64,)}
+    weights |= {"model.embed_tokens.weight": (vocab_size, 64), "model.norm.weight": (64,)}
     tensors = {name: rng.normal(0, 0.2, size).astype(np.float32) for name, size in weights.items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     config = {
-        "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "vocab_size": 16, "hidden_size": 64,
+        "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "vocab_size": vocab_size, "hidden_size": 64,
         "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-        "head_dim": 16, "hidden_act": "silu", "max_position_embeddings": 256, "rms_norm_eps": 1e-6,
+        "head_dim": 16, "hidden_act": "silu", "max_position_embeddings": context_length, "rms_norm_eps": 1e-6,
         "rope_theta": 10000.0, "tie_word_embeddings": True, "attention_bias": False, "torch_dtype": "float32",
     }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(config))
