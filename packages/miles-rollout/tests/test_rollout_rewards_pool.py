@@ -107,10 +107,9 @@ def test_a_bad_answer_has_a_reason_and_the_rest_is_judged(how: str, failure: str
 def test_what_must_be_killed_is_and_the_pool_goes_on(how: str, failure: str) -> None:
     async def use(pool: RewardPool) -> None:
         before = set(descendants(os.getpid()))
-        good, bad, unjudged = await pool.judge(PROMPT, [sample("good"), sample("BAD"), sample("good")])
-        assert good == Verdict(1.0)
+        good, bad, rest = await pool.judge(PROMPT, [sample("good"), sample("BAD"), sample("good")])
+        assert good == rest == Verdict(1.0)
         assert bad.failure == failure and f"rollout_user_code:misbehave: {bad.detail.partition(': ')[2]}" == bad.detail
-        assert unjudged.failure == failure and "not judged" in unjudged.detail
         assert await pool.judge(PROMPT, [sample("good")]) == [Verdict(1.0)]
         new = set(descendants(os.getpid())) - before
         assert len(new) == 1, f"beside the new process there are {[psutil.Process(pid).cmdline() for pid in new]}"
@@ -120,6 +119,12 @@ def test_what_must_be_killed_is_and_the_pool_goes_on(how: str, failure: str) -> 
     assert not [pid for pid in psutil.pids() if pid not in before and is_a_stray(pid)]
     left = [process for process in psutil.process_iter() if process.pid not in before and is_ours(process)]
     assert not psutil.wait_procs(left, timeout=2)[1]
+
+
+def test_a_group_is_given_up_after_its_third_kill() -> None:
+    verdicts = judged("misbehave", *["BAD"] * 5, how="exit_process")
+    assert [verdict.failure for verdict in verdicts] == ["reward process died"] * 5
+    assert ["not judged" in verdict.detail for verdict in verdicts] == [False, False, False, True, True]
 
 
 def test_processes_that_a_quick_call_leaves_are_counted() -> None:

@@ -1,41 +1,40 @@
 """From the recipe's words to a judge."""
 
-import difflib
+from typing import cast
 
+from miles_core import hooks
 from miles_core.config import HookSpec, RewardSection
-from miles_core.errors import InputError
 from miles_core.hooks import Reward, load_hook
 from miles_rollout.rewards.judge import InProcessJudge, Judge
 from miles_rollout.rewards.pool import PoolSettings, RewardPool
 
-_BUILT_IN = {
-    "code_tests": "miles_rollout.rewards.code",
-    "exact_match": "miles_rollout.rewards.builtin",
-    "json_schema": "miles_rollout.rewards.schema",
-    "last_integer": "miles_rollout.rewards.builtin",
-    "math_equal": "miles_rollout.rewards.mathematics",
-    "position_match": "miles_rollout.rewards.builtin",
-    "reasoning_gym": "miles_rollout.rewards.gym",
-    "regex_match": "miles_rollout.rewards.builtin",
-    "tool_calls": "miles_rollout.rewards.tools",
-    "verifiers": "miles_rollout.rewards.environment",
+_REWARDS = "miles_rollout.rewards"
+BUILT_IN = {
+    "code_tests": f"{_REWARDS}.code:code_tests",
+    "exact_match": f"{_REWARDS}.builtin:exact_match",
+    "http_server": f"{_REWARDS}.remote:HttpServer",
+    "json_schema": f"{_REWARDS}.schema:json_schema",
+    "last_integer": f"{_REWARDS}.builtin:last_integer",
+    "math_equal": f"{_REWARDS}.mathematics:math_equal",
+    "position_match": f"{_REWARDS}.builtin:position_match",
+    "reasoning_gym": f"{_REWARDS}.gym:reasoning_gym",
+    "regex_match": f"{_REWARDS}.builtin:regex_match",
+    "sglang_model": f"{_REWARDS}.remote:SGLangModel",
+    "tool_calls": f"{_REWARDS}.tools:tool_calls",
+    "verifiers": f"{_REWARDS}.environment:verifiers",
 }
+"""Short names of the rewards that come with Miles."""
+# They run no code but ours and wait for a server: one process asks for all groups at once.
+_REMOTE = frozenset({BUILT_IN["http_server"], BUILT_IN["sglang_model"]})
 
 
 def full_name(spec: HookSpec, setting: str = "hooks.reward") -> HookSpec:
-    """The same reward as "package.module:name": built-ins may go by their bare names.
+    """The same reward as "package.module:name": built-ins and entry points may go by their bare names.
 
     Raises:
-        InputError: a bare name that no built-in has.
+        InputError: a bare name that nothing has.
     """
-    if spec.name in _BUILT_IN:
-        return HookSpec(name=f"{_BUILT_IN[spec.name]}:{spec.name}", params=spec.params)
-    if ":" not in spec.name:
-        known = ", ".join(sorted(_BUILT_IN))
-        near = difflib.get_close_matches(spec.name, _BUILT_IN, 1)
-        way_out = f"Did you mean {near[0]!r}?" if near else f"Built in are {known}."
-        raise InputError(setting, spec.name, 'is neither a built-in reward nor "package.module:name"', way_out)
-    return spec
+    return HookSpec(name=hooks.full_name(spec.name, setting, BUILT_IN), params=spec.params)
 
 
 def make_judge(spec: HookSpec, section: RewardSection, setting: str = "hooks.reward") -> Judge:
@@ -50,6 +49,8 @@ def make_judge(spec: HookSpec, section: RewardSection, setting: str = "hooks.rew
         InputError: without isolation, a reward that cannot be loaded. Isolated ones say so at RewardPool.start.
     """
     full = full_name(spec, setting)
+    if full.name in _REMOTE:
+        return cast("Judge", load_hook(full, setting, Reward))  # which these classes are besides
     if not section.isolate:
         return InProcessJudge(load_hook(full, setting, Reward), spec.name)
     limits = PoolSettings(section.processes, section.timeout_s, section.memory_bytes)

@@ -89,11 +89,24 @@ class RewardPool:
             self._idle.put_nowait(process)
 
     async def judge(self, prompt: Prompt, samples: Sequence[Sample]) -> list[Verdict]:
-        """See Judge.judge. After a sample that had to be killed, the rest of its group is not judged.
+        """See Judge.judge. After a sample whose process had to be killed, another process judges those that are left.
+
+        Not so after the third of a group: each costs the time limit and a start.
 
         Raises:
             InputError: a process could not be started.
         """
+        verdicts: list[Verdict] = []
+        kills = 0
+        while len(verdicts) < len(samples) and kills < _MOST_KILLS:
+            verdicts += await self._judge_until_killed(prompt, samples[len(verdicts) :])
+            kills += verdicts[-1].failure in _FATAL
+        if len(verdicts) < len(samples):
+            missing = Verdict(failure=verdicts[-1].failure, detail=f"not judged: {kills} of its group were killed")
+            verdicts += [missing] * (len(samples) - len(verdicts))
+        return verdicts
+
+    async def _judge_until_killed(self, prompt: Prompt, samples: Sequence[Sample]) -> list[Verdict]:
         process = await self._idle.get()
         usable = False
         try:
@@ -104,8 +117,7 @@ class RewardPool:
             if process is not None and not usable:
                 self._end(process)
             self._idle.put_nowait(process if usable else None)
-        missing = Verdict(failure=verdicts[-1].failure, detail="not judged: an earlier sample of its group failed")
-        return [*verdicts, *[missing] * (len(samples) - len(verdicts))]
+        return verdicts
 
     async def close(self) -> None:
         """Kill all processes."""
@@ -127,6 +139,8 @@ class RewardPool:
         process.kill()
 
 
+# In one group.
+_MOST_KILLS = 3
 # After these a process is not used again.
 _FATAL = frozenset({
     "reward timeout", "reward output", "reward processes", "reward process died", "reward out of memory",
