@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,6 @@ import openai
 import pytest
 from rollout_chat import ScriptedEngine, write_chat_model
 
-from miles_core.algorithms.advantages import grpo
 from miles_core.batching import make_batch
 from miles_core.errors import InputError
 from miles_core.hooks import bind
@@ -119,6 +119,15 @@ def test_an_agent_leaves_the_sample_that_multi_turn_would(tokenizer: Tokenizer, 
     assert sample.tokens.tolist() != tokenizer.encode_more(tokenizer.decode(sample.tokens))
 
 
+def test_the_readmes_agent(tokenizer: Tokenizer) -> None:
+    text = (Path(__file__).parents[1] / "README.md").read_text()
+    (code,) = [code for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "async def solve" in code]
+    names: dict[str, Any] = {}
+    exec(compile(code, "README.md", "exec"), names)
+    (sample,), _ = attempt(tokenizer, ["5", "It is 4."], names["solve"])
+    assert sample.reward == 1.0 and sample.metadata["turns"] == 2 and sample.metadata["branches"] == 1
+
+
 def test_a_history_that_was_changed_is_another_branch(tokenizer: Tokenizer) -> None:
     async def agent(base_url: str, api_key: str, prompt: Prompt) -> float:
         async with client_of(base_url, api_key) as client:
@@ -147,7 +156,7 @@ def test_a_history_that_was_changed_is_another_branch(tokenizer: Tokenizer) -> N
     assert not made[1].loss_mask[:stop].any() and made[1].rollout_logprobs[start:stop].all()
     assert "<|im_start|>assistant\na<|im_end|>" in tokenizer.decode(made[2].tokens)
     assert engine.prompts[4] == tokenizer.encode_more(tokenizer.decode(np.asarray(engine.prompts[4], np.int32)))
-    make_batch([Group(QUESTION, tuple(made))], grpo([np.zeros(3, np.float32)]))
+    make_batch([Group(QUESTION, tuple(made))], np.zeros(3, np.float32))
 
 
 def test_conversations_at_the_same_time(tokenizer: Tokenizer) -> None:
@@ -335,9 +344,10 @@ class LearningEngine:
     def __init__(self, engine: Any):
         self.engine, self.logits = engine, engine.logits
 
-    def learn(self, groups: Sequence[Group]) -> None:
+    def learn(self, group: Group) -> None:
         """One step of policy gradient on what the batch says is trained, and on nothing else."""
-        batch = make_batch(groups, grpo([group.rewards for group in groups]))
+        spread = group.rewards.std() + np.float32(1e-6)
+        batch = make_batch([group], (group.rewards - group.rewards.mean()) / spread)
         gradient = np.zeros_like(self.logits)
         for at in np.flatnonzero(batch.loss_mask):
             before, token = batch.tokens[at - 1], batch.tokens[at]
@@ -383,7 +393,7 @@ def test_an_agent_of_openais_client_alone_trains(numpy_engine: Any, tiny_model: 
             group = await step(number)
             assert len(group.samples) == 32
             rewards.append(float(group.rewards.mean()))
-            policy.learn([group])
+            policy.learn(group)
         await CLIENT.close()
         return rewards
 
