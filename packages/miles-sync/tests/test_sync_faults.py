@@ -10,13 +10,16 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection
 from multiprocessing.synchronize import Event
+from typing import Any
 
 import pytest
 import torch
 
 from miles_sync import (
+    CorruptError,
     DeadlineError,
     DriftError,
+    MismatchError,
     ModuleReceiver,
     PeerLostError,
     ReceiverTarget,
@@ -26,11 +29,13 @@ from miles_sync import (
     serve,
 )
 from miles_sync.arrival import Arrival
+from miles_sync.buckets import Bucket
 from miles_sync.digest import BLOCK_BYTES
 from miles_sync.receivers import Receiver
 from miles_sync.sources import as_source
 from miles_sync.staging import Staging
 from miles_sync.transaction import Transaction
+from miles_sync.transports.gloo import GlooOutlet
 
 TOKEN = "the token of these tests"
 DEADLINE_S = 3.0
@@ -223,11 +228,19 @@ def test_one_of_two_receivers_killed_and_the_other_is_not_left_waiting() -> None
 
 
 @pytest.mark.parametrize(
-    ("stage", "kind"), [("begin", "shm"), ("transfer", "gloo"), ("verify", "shm"), ("commit", "shm")]
+    ("stage", "kind", "mode"),
+    [
+        ("begin", "shm", "staged"),
+        ("transfer", "gloo", "staged"),
+        ("verify", "shm", "staged"),
+        ("commit", "shm", "staged"),
+        ("commit", "gloo", "in_place"),
+    ],
 )
-def test_receiver_frozen(kind: str, stage: str) -> None:
+def test_receiver_frozen(kind: str, stage: str, mode: str) -> None:
     child, port = _start(0, stage, signal.SIGSTOP)
-    sync = WeightSync([ReceiverTarget("127.0.0.1", port)], token=TOKEN, transport=kind, deadline_s=1.0)  # type: ignore[arg-type]
+    settings: Any = {"token": TOKEN, "transport": kind, "mode": mode, "deadline_s": 1.0}
+    sync = WeightSync([ReceiverTarget("127.0.0.1", port)], **settings)
     sync.connect()
     start = time.monotonic()
     with pytest.raises(DeadlineError):
@@ -236,6 +249,82 @@ def test_receiver_frozen(kind: str, stage: str) -> None:
     sync.close()
     child.kill()
     child.join(10)
+
+
+# -- what arrives is not what should -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("index", [0, 1])
+@pytest.mark.parametrize("mode", ["staged", "in_place"])
+def test_a_truncated_bucket(mode: str, index: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = _module(0.0)
+    settings: Any = {"token": TOKEN, "transport": "gloo", "mode": mode, "deadline_s": DEADLINE_S}
+    send = GlooOutlet.send
+
+    def cut(self: GlooOutlet, bucket: Bucket, buffer: torch.Tensor) -> None:
+        send(self, bucket, buffer[: len(buffer) // 4] if bucket.index == index else buffer)
+
+    with serve(ModuleReceiver(module), token=TOKEN) as server:
+        target = ReceiverTarget(server.host, server.port)
+        with WeightSync([target], bucket_bytes=BLOCK_BYTES, **settings) as sync:
+            sync.push(_weights(1.0), 0)
+            monkeypatch.setattr(GlooOutlet, "send", cut)
+            start = time.monotonic()
+            with pytest.raises((CorruptError, PeerLostError, DeadlineError)) as caught:
+                sync.push(_weights(2.0), 1)
+            assert time.monotonic() - start < 2 * DEADLINE_S + 2 and caught.value.stage in ("transfer", "verify")
+            monkeypatch.undo()
+            assert sync.status()[0].dirty == server.dirty == (mode == "in_place")
+            if mode == "staged":
+                assert _values(module) == {1.0}
+            report = sync.push(_weights(3.0), 1)
+            sync.check(1, report.digest)
+    assert _values(module) == {3.0} and not server.dirty
+
+
+@pytest.mark.parametrize("kind", ["shm", "gloo"])
+def test_wrong_shapes_in_place_leave_the_weights_whole(kind: str) -> None:
+    module = _module(0.0)
+    settings: Any = {"token": TOKEN, "transport": kind, "mode": "in_place", "deadline_s": DEADLINE_S}
+    with serve(ModuleReceiver(module), token=TOKEN) as server:
+        target = ReceiverTarget(server.host, server.port)
+        with WeightSync([target], **settings) as sync:
+            report = sync.push(_weights(1.0), 0)
+            with pytest.raises(MismatchError, match="b is float32"):
+                sync.push(_weights(2.0) | {"b": torch.zeros(8)}, 1)
+            sync.check(0, report.digest)
+            assert _values(module) == {1.0} and not server.dirty
+            sync.push(_weights(3.0), 1)
+    assert _values(module) == {3.0}
+
+
+def test_a_second_sender_in_place_hears_that_the_receiver_is_busy() -> None:
+    module = _module(0.0)
+    settings: Any = {"token": TOKEN, "transport": "gloo", "mode": "in_place", "deadline_s": DEADLINE_S}
+    settings["bucket_bytes"] = BLOCK_BYTES
+    heard: list[str | None] = []
+
+    class Source:
+        """Another sender comes in the middle of the transfer, the first bucket written."""
+
+        def metadata(self) -> Sequence[TensorMeta]:
+            return as_source(_weights(1.0)).metadata()
+
+        def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
+            for name, tensor in _weights(1.0).items():
+                if name == "b":
+                    _eventually(lambda: server.dirty)
+                    heard.append(_try(WeightSync([ReceiverTarget(server.host, server.port)], **settings).connect))
+                yield name, tensor
+
+    with serve(ModuleReceiver(module), token=TOKEN) as server:
+        with WeightSync([ReceiverTarget(server.host, server.port)], **settings) as sync:
+            report = sync.push(Source(), 0)
+            sync.check(0, report.digest)
+        assert heard == ["BusyError"] and _values(module) == {1.0} and not server.dirty
+        with WeightSync([ReceiverTarget(server.host, server.port)], **settings) as other:
+            other.push(_weights(2.0), 7)
+    assert _values(module) == {2.0}
 
 
 def test_nobody_there() -> None:

@@ -32,6 +32,7 @@ from miles_sync import (
 )
 from miles_sync import routes as routes_module
 from miles_sync.buckets import Bucket
+from miles_sync.channel import Channel
 from miles_sync.digest import BLOCK_BYTES
 from miles_sync.sources import as_source, named_weights
 from miles_sync.transports import Place
@@ -416,3 +417,36 @@ def _constant(like: torch.nn.ParameterDict, value: float) -> torch.nn.Module:
 
 def _raise(staged: object) -> None:
     raise RuntimeError("out of memory")
+
+
+@pytest.mark.parametrize("mode", ["staged", "in_place"])
+@pytest.mark.parametrize("kind", ["shm", "gloo"])
+def test_connecting_with_weights_makes_what_the_first_push_needs(
+    kind: str, mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, trained = torch.nn.Linear(5, 3), torch.nn.Linear(5, 3)
+    before = module.weight.detach().clone()
+    settings: Any = {"token": TOKEN, "transport": kind, "mode": mode, "deadline_s": 10}
+    with serve(ModuleReceiver(module), token=TOKEN) as server:
+        sync = WeightSync([ReceiverTarget(server.host, server.port)], **settings)
+        sync.connect(trained)
+        sync.connect(trained)  # again is nothing new
+        assert sync.status()[0].version is None and not server.dirty and torch.equal(module.weight, before)
+        sent: list[str] = []
+        send = Channel.send
+
+        def note(self: Channel, message: Any, *args: Any) -> None:
+            sent.append(type(message).__name__)
+            send(self, message, *args)
+
+        monkeypatch.setattr(Channel, "send", note)
+        report = sync.push(trained, 0)
+        monkeypatch.undo()
+        assert not {"Attach", "Prepare"} & set(sent) and "Begin" in sent
+        sync.check(0, report.digest)
+        with pytest.raises(MismatchError):
+            sync.connect(torch.nn.Linear(5, 4))
+        sync.check(0, report.digest)
+        sync.push(trained, 1)
+        sync.close()
+    assert torch.equal(module.weight, trained.weight)

@@ -76,6 +76,13 @@ class Arrival:
         self._result = None
         self._kept = []
 
+    def make_room(self, inlet: Inlet) -> bool:
+        """Allocate what bytes that come by this transport are kept in. Returns whether they are."""
+        keep = self.mode == "staged" and not inlet.lasting
+        if keep:
+            self._allocate(inlet.device)
+        return keep
+
     def filled(self, nbytes: int) -> None:
         """The sender says how far the shared memory is filled."""
         if self._stream is not None:
@@ -83,9 +90,7 @@ class Arrival:
 
     def receive(self, inlet: Inlet, patience_s: float, hear: Hear, soil: Callable[[], None]) -> None:
         """Take in all buckets. `soil` is called before the first weight is written."""
-        keep = self.mode == "staged" and not inlet.lasting
-        if keep:
-            self._allocate(inlet.device)
+        keep = self.make_room(inlet)
         self._stream = transports.Stream(self._buckets, self._flat if keep else None, patience_s, hear)
         with self._on_queue():
             window = Window("installing")

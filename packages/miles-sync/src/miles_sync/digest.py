@@ -142,6 +142,12 @@ def digest_of(flat: torch.Tensor, layout_id: str) -> str:
     return digest.hexdigest(layout_id)
 
 
+def warm(device: torch.device) -> None:
+    """Have a device's kernel compiled, once: seconds, that no sync should take."""
+    if device.type == "cuda":
+        Digest().update([Run(0, torch.zeros(BLOCK_BYTES, dtype=torch.uint8, device=device))])
+
+
 def _padded(data: torch.Tensor) -> torch.Tensor:
     """A copy of bytes, filled up with zeros to a multiple of 8."""
     out = torch.zeros(-(-data.numel() // 8) * 8, dtype=torch.uint8)

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from miles_sync import manifest as manifests
 from miles_sync.arrival import Arrival
 from miles_sync.channel import Channel, Deadline
+from miles_sync.digest import warm
 from miles_sync.errors import (
     BusyError,
     CommitError,
@@ -268,6 +269,8 @@ class Staging:
         deadline = Deadline(self._patience)
         hear = self._listener(channel, message.txn)
         self._inlet = open_inlet(message, self._receiver.device, channel.local_host, deadline, hear)
+        self._arrival.make_room(self._inlet)
+        warm(self._receiver.device)
         return Done("Attach", message.txn)
 
     def _receive(self, channel: Channel, txn: str) -> None:

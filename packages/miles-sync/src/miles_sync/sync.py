@@ -77,13 +77,24 @@ class WeightSync:
         self._peers: dict[str, Peer] = {}
         self._lock = threading.Lock()
 
-    def connect(self) -> None:
+    def connect(self, weights: Weights | None = None) -> None:
         """Connect to every target that is not connected. `push` and `status` do so by themselves.
+
+        Args:
+            weights: What will be pushed: then all that its first push would have to make is made now (the receivers'
+                copy plans, transports, buffers, kernels), and no weight changes. A one-shot iterator is used up.
 
         Raises `AuthError`, `BusyError`, `DeadlineError`, `MismatchError`, `PeerLostError`.
         """
+        if weights is None:
+            with self._lock:
+                self._connect_missing()
+            return
+        source = as_source(weights)
         with self._lock:
-            self._connect_missing()
+            peers = self._current_peers()
+            version = max(peer.state.version for peer in peers) + 1
+            self._transaction(peers, source, self._laid_out(source.metadata(), version)).rehearse()
 
     def push(self, weights: Weights, version: int) -> SyncReport:
         """Make `weights` the version that every target serves.
@@ -99,14 +110,9 @@ class WeightSync:
             still serves what it served, and a later push starts afresh.
         """
         source = as_source(weights)
-        manifest = self._laid_out(source.metadata(), version)
-        held = source.held() if isinstance(source, Held) else None
-        devices = {tensor.device for tensor in held or ()}
-        device = devices.pop() if len(devices) == 1 else getattr(source, "device", torch.device("cpu"))
-        load = Load(source, held, device, manifest.total_bytes)
         with self._lock:
-            peers = self._current_peers()
-            return Transaction(peers, self._routes, load, manifest, self._packers, self._terms).run()
+            manifest = self._laid_out(source.metadata(), version)
+            return self._transaction(self._current_peers(), source, manifest).run()
 
     def status(self) -> tuple[TargetState, ...]:
         """Ask every target what it serves; each reads its live weights again to say whether they are intact."""
@@ -144,6 +150,13 @@ class WeightSync:
     def __exit__(self, *error: object) -> None:
         """Close."""
         self.close()
+
+    def _transaction(self, peers: Sequence[Peer], source: Source, manifest: Manifest) -> Transaction:
+        held = source.held() if isinstance(source, Held) else None
+        devices = {tensor.device for tensor in held or ()}
+        device = devices.pop() if len(devices) == 1 else getattr(source, "device", torch.device("cpu"))
+        load = Load(source, held, device, manifest.total_bytes)
+        return Transaction(peers, self._routes, load, manifest, self._packers, self._terms)
 
     def _laid_out(self, metas: Sequence[TensorMeta], version: int) -> Manifest:
         """The manifest; checked once for a model, not for each of its versions."""

@@ -23,7 +23,7 @@ import torch
 from miles_sync import manifest as manifests
 from miles_sync.buckets import Bucket, Packers
 from miles_sync.channel import Deadline
-from miles_sync.digest import Digest
+from miles_sync.digest import Digest, warm
 from miles_sync.errors import CommitError, CorruptError, DriftError, PeerLostError, SyncError, VersionError
 from miles_sync.manifest import Manifest
 from miles_sync.messages import Abort, Begin, Commit, Filled, Mode, Prepare, Stream, Verify
@@ -99,6 +99,17 @@ class Transaction:
             seconds=self._seconds,
             routes=tuple(routes),
         )
+
+    def rehearse(self) -> None:
+        """Begin, and go no further: what the next transaction needs stays open. Raises as `run`, after the abort."""
+        try:
+            warm(self._load.device)
+            self._begin()
+            for peer in self._behind:
+                peer.call(Abort(self._txn), "begin", self._deadline())
+        except BaseException:
+            self.abort()
+            raise
 
     def abort(self) -> None:
         """Have every receiver forget the transaction; one that does not answer is disconnected."""

@@ -104,9 +104,9 @@ def _check_room(metas: Sequence[TensorMeta], args: argparse.Namespace) -> None:
     if _places(args)[0].type == "cuda":
         return
     nbytes, free = sum(meta.nbytes for meta in metas), available_bytes()
-    if 3 * nbytes > free:
+    if 4 * nbytes > free:
         raise ValueError(
-            f"{args.model} has {nbytes / 1e9:.1f} GB, of which trainer, segment and engine hold one each; "
+            f"{args.model} has {nbytes / 1e9:.1f} GB, held by trainer, segment and engine, staged twice there; "
             f"{free / 1e9:.1f} GB of memory are free: use --layers"
         )
 

@@ -142,7 +142,9 @@ def fill(tensor: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """Give a tensor random bits (0 and 1 only, if it is boolean)."""
     if tensor.dtype == torch.bool:
         return tensor.random_(0, 2, generator=generator)
-    tensor.view(torch.uint8).random_(0, 256, generator=generator)
+    words = _words(tensor)
+    bits = 8 * words.element_size() - (words.dtype == torch.int64)  # random_ of int64 leaves the sign alone
+    words.random_(0, 2**bits if bits < 63 else None, generator=generator)
     return tensor
 
 
@@ -152,4 +154,12 @@ def change(tensors: Mapping[str, torch.Tensor], version: int) -> None:
         if tensor.dtype == torch.bool:
             tensor.logical_not_()
         else:
-            tensor.view(torch.uint8).bitwise_xor_((2 * version + 1) % 256)
+            words = _words(tensor)
+            byte = (2 * version + 1) % 127
+            words.bitwise_xor_(int.from_bytes(bytes([byte]) * words.element_size(), "little"))
+
+
+def _words(tensor: torch.Tensor) -> torch.Tensor:
+    """A contiguous tensor's bytes, by eight where they divide: a multiple faster to fill."""
+    flat = tensor.view(-1).view(torch.uint8)
+    return flat.view(torch.int64) if flat.numel() % 8 == 0 and flat.data_ptr() % 8 == 0 else flat
