@@ -58,7 +58,8 @@ def _default_config(architecture: str) -> dict[str, Any] | None:
     from transformers.models.auto import configuration_auto  # noqa: PLC0415 (seconds)
 
     stem = next((architecture.removesuffix(head) for head in _HEADS if architecture.endswith(head)), architecture)
-    by_class = {name: model_type for model_type, name in configuration_auto.CONFIG_MAPPING_NAMES.items()}
+    names = configuration_auto.CONFIG_MAPPING_NAMES  # pyright: ignore[reportPrivateImportUsage]  # in no __all__
+    by_class = {name: model_type for model_type, name in names.items()}
     # A model with a vision tower keeps the plain name; its text model's config has one of its own.
     for name in (f"{stem}TextConfig", f"{stem}Config") if architecture.endswith(_HEADS[0]) else (f"{stem}Config",):
         if name in by_class:

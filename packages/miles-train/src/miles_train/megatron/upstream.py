@@ -65,6 +65,7 @@ from megatron.core.transformer.transformer_layer import (
     get_transformer_layer_offset,
 )
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
+from megatron.core.utils import make_viewless_tensor
 from megatron.training import arguments as training_arguments
 from megatron.training.argument_utils import core_transformer_config_from_args
 from megatron.training.arguments import add_megatron_arguments, validate_args
@@ -132,6 +133,7 @@ __all__ = [
     "get_transformer_layer_offset",
     "gpt_model",
     "make_sharded_tensors_for_checkpoint",
+    "make_viewless_tensor",
     "model_parallel_cuda_manual_seed",
     "parallel_state",
     "reduce_from_tensor_model_parallel_region",

@@ -21,6 +21,7 @@ from miles_train.megatron.upstream import (
     ModuleSpec,
     TransformerConfig,
     TransformerLayer,
+    make_viewless_tensor,
     parallel_state,
 )
 
@@ -99,7 +100,9 @@ class HyperLayer(TransformerLayer):
         x, post, comb = self.ffn_hc(streams)
         output, _bias = parts.mlp(parts.pre_mlp_layernorm(x))
         streams = expand(output, streams, post, comb)
-        return streams.flatten(2) if self.hc_head is None else self.hc_head(streams), None
+        output = streams.flatten(2) if self.hc_head is None else self.hc_head(streams)
+        # A pipeline stage frees what it has sent on, which a view would keep.
+        return make_viewless_tensor(inp=output, requires_grad=output.requires_grad, keep_graph=True), None
 
 
 def _arguments(config: Mapping[str, Any]) -> dict[str, Any]:
