@@ -3,6 +3,7 @@
 import asyncio
 import json
 import re
+import sys
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -276,6 +277,8 @@ def test_what_agents_do_wrong_loses_their_sample_alone(tokenizer: Tokenizer) -> 
                 await client.chat.completions.create(model="policy", messages=[user("?")])  # type: ignore[list-item]
             if how == "raises":
                 raise KeyError("plan")
+            if how == "exits":
+                sys.exit(3)
             if how == "hangs":
                 await asyncio.sleep(1000)
             if how == "stubborn":
@@ -289,6 +292,7 @@ def test_what_agents_do_wrong_loses_their_sample_alone(tokenizer: Tokenizer) -> 
 
     wanted = {
         "raises": LostSample("agent raised", "KeyError: 'plan'"),
+        "exits": LostSample("agent raised", "RuntimeError: SystemExit(3)"),
         "hangs": LostSample("agent timeout", "not done after 0.5 s"),
         "stubborn": LostSample("agent timeout", "not done after 0.5 s"),
         "silent": LostSample("agent asked nothing", "no request was answered with its key"),

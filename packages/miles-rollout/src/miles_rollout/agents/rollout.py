@@ -100,7 +100,7 @@ async def _attempt(
 
 
 async def _run(work: Any, timeout_s: float) -> Any:
-    task = asyncio.ensure_future(work)
+    task = asyncio.ensure_future(_without_exit(work))
     try:
         done, _ = await asyncio.wait([task], timeout=timeout_s)
         if not done:
@@ -116,6 +116,13 @@ async def _run(work: Any, timeout_s: float) -> Any:
         if not task.done():
             task.cancel()
             await asyncio.wait([task], timeout=_GRACE_S)
+
+
+async def _without_exit(work: Any) -> Any:
+    try:
+        return await work
+    except SystemExit as error:  # asyncio would end the worker with it
+        raise RuntimeError(f"SystemExit({error})") from error
 
 
 def _nothing_to_train(session: Session) -> LostSample:
