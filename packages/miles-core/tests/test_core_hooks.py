@@ -6,7 +6,19 @@ from typing import Any
 import pytest
 
 from miles_core import HookSpec, InputError
-from miles_core.hooks import DataSource, Reward, SampleFilter, bind, load_hook, load_object
+from miles_core.algorithms import needs, needs_of
+from miles_core.hooks import (
+    POINTS,
+    DataSource,
+    Generate,
+    MakesDataSource,
+    Reward,
+    SampleFilter,
+    bind,
+    load_hook,
+    load_object,
+    point_of,
+)
 
 
 @pytest.fixture
@@ -103,3 +115,120 @@ def test_arguments_may_be_named_as_one_likes():
 
 def test_code_without_a_signature_is_taken_at_its_word():
     assert bind(min, {}, "x", Reward)(1, 2) == 1
+
+
+class Weighed:
+    def __init__(self, weight: float = 1.0):
+        if weight < 0:
+            raise ValueError(f"weight={weight} must not be negative")
+        self.weight = weight
+
+    def __call__(self, prompt: Any, sample: Any) -> float:
+        return self.weight
+
+
+class Counting:
+    def __init__(self, seed: int, step: int = 1):
+        self.seed, self.step = seed, step
+
+    def __call__(self, start: int, count: int) -> list[Any]:
+        return [self.seed + self.step * number for number in range(start, start + count)]
+
+
+def test_the_parameters_of_a_class_make_the_object_that_is_called():
+    assert bind(Weighed, {"weight": 2.0}, "x", Reward)("prompt", "sample") == 2.0
+    with pytest.raises(InputError, match=r"Weighed\(weight: float = 1\.0\) cannot be made.*unexpected keyword"):
+        bind(Weighed, {"wieght": 2.0}, "x", Reward)
+    with pytest.raises(InputError, match="must not be negative"):
+        bind(Weighed, {"weight": -1.0}, "x", Reward)
+    with pytest.raises(InputError, match=r"must be callable as SampleFilter\(group\)"):
+        bind(Weighed, {}, "x", SampleFilter)
+
+
+def test_what_makes_objects_may_be_their_class():
+    source = bind(Counting, {"step": 2}, "data.source", MakesDataSource)(10)
+    assert source(0, 3) == [10, 12, 14]
+
+
+def test_async_where_it_must_be_and_nowhere_else():
+    async def wait(group: Any) -> None: ...
+    async def make(prompt: Any, seeds: Any, context: Any) -> list[Any]:
+        return []
+
+    def make_now(prompt: Any, seeds: Any, context: Any) -> list[Any]:
+        return []
+
+    with pytest.raises(InputError, match="must be a plain function: nobody would await it"):
+        bind(wait, {}, "hooks.sample_filter", SampleFilter)
+    with pytest.raises(InputError, match="must be `async def`"):
+        bind(make_now, {}, "hooks.generate", Generate)
+    assert bind(make, {}, "hooks.generate", Generate) is make
+    assert bind(make, {}, "hooks.rollout", Generate)(1, 2, 3).close() is None
+
+
+def test_bound_parameters_do_not_hide_what_code_needs():
+    def estimate(prompt: Any, sample: Any, *, weight: float = 1.0) -> float:
+        return weight
+
+    bound = bind(needs("values")(estimate), {"weight": 2.0}, "x", Reward)
+    assert needs_of(bound) == {"values"} and bound(1, 2) == 2.0
+
+
+@pytest.fixture
+def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two packages with entry points, as an installer leaves them."""
+    for package, names in (("one", ("mine", "shared")), ("two", ("shared",))):
+        (tmp_path / f"user_{package}.py").write_text("def score(prompt, sample, weight=1.0):\n    return weight\n")
+        info = tmp_path / f"user_{package}-1.0.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: user-{package}\nVersion: 1.0\n")
+        lines = "".join(f"{name} = user_{package}:score\n" for name in names)
+        (info / "entry_points.txt").write_text(f"[miles.hooks]\n{lines}")
+    monkeypatch.syspath_prepend(tmp_path)
+
+
+@pytest.mark.usefixtures("installed")
+def test_installed_packages_give_short_names():
+    assert load("mine", weight=3.0)("prompt", "sample") == 3.0
+    with pytest.raises(InputError, match=r"several installed packages have it: user_one:score, user_two:score"):
+        load("shared")
+    with pytest.raises(InputError, match=r"Did you mean 'mine'"):
+        load("mime")
+
+
+def test_a_short_name_that_nothing_has_is_refused_with_the_nearest():
+    with pytest.raises(InputError, match=r"algorithm\.loss = 'ppo_clop'.*Did you mean 'ppo_clip'"):
+        POINTS["loss"].load(HookSpec(name="ppo_clop"))
+    with pytest.raises(InputError, match=r"There are: rollout, generate"):
+        point_of("los")
+
+
+@pytest.mark.parametrize("kind", POINTS)
+def test_every_point_has_a_protocol_with_a_documented_call(kind: str):
+    protocol = POINTS[kind].protocol
+    assert inspect.getdoc(protocol) and inspect.getdoc(protocol.__call__)
+    for name in POINTS[kind].built_in.values():
+        assert inspect.getdoc(load_object(name, kind))
+
+
+@pytest.mark.parametrize(
+    ("kind", "code", "expected"),
+    [
+        ("advantage", "def f(rewards, groups): ...", r"Advantage\(inputs\)"),
+        ("loss", "class f:\n    def __call__(self, logprobs, advantages): ...", r"Loss\(inputs\)"),
+        ("correction", "f = 3", r"Correction\(inputs\)"),
+        ("kl", "def f(logprobs): ...", r"KLEstimator\(logprobs, ref_logprobs\)"),
+        ("reduction", "def f(lengths): ...", r"Reduction\(num_tokens, group_index\)"),
+        ("group_reward", "def f(prompt): ...", r"GroupReward\(prompt, samples\)"),
+        ("rollout", "async def f(prompts): ...", r"Rollout\(prompts, make_group\)"),
+        ("after_step", "def f(report): ...", r"AfterStep\(report, groups\)"),
+    ],
+)
+def test_a_wrong_signature_is_told_with_the_right_one(
+    kind: str, code: str, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    module = f"wrong_{kind}_{tmp_path.name}".replace("-", "_")
+    (tmp_path / f"{module}.py").write_text(code + "\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(InputError, match=rf"{POINTS[kind].setting} \({module}:f\).*must be callable as {expected}"):
+        POINTS[kind].load(HookSpec(name=f"{module}:f"))

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from miles_core import Batch, Prompt, Recipe
 from miles_core.cluster.actors import Member
-from miles_core.hooks import POINTS
+from miles_launch.hooks import POINTS
 from miles_launch.loading import decode_fp8, loading_bar
 from miles_launch.prepare import TRAINER_HOOKS, WORKER_HOOKS, optional_hook
 

@@ -112,6 +112,17 @@ def models(as_json: JsonOption = False) -> None:
         tool.print_models(families, Terminal())
 
 
+@app.command()
+def hooks(
+    kind: Annotated[str, typer.Argument(metavar="[KIND]", help="One of them, with all there is to know.")] = "",
+    new: Annotated[str, typer.Option("--new", metavar="KIND", help="Print a file to start from, e.g. reward.")] = "",
+) -> None:
+    """List where code of one's own attaches: the recipe's key, the signature, and what comes with Miles."""
+    from miles_launch import hooks as tool  # noqa: PLC0415 (imports torch)
+
+    typer.echo(tool.template(new) if new else tool.describe(kind) if kind else tool.overview(), nl=False)
+
+
 def main() -> None:
     """Run the command; every error of ours is one message on standard error and its own exit code."""
     _find_code_here()

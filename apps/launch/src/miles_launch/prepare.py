@@ -11,11 +11,11 @@ from miles_core import HookSpec, InputError, Recipe
 from miles_core.algorithms import AdvantageInputs, needs_of
 from miles_core.config import HooksSection
 from miles_core.data import file_prompts
-from miles_core.hooks import POINTS, DataSource, bind
+from miles_core.hooks import DataSource, bind
+from miles_launch.hooks import POINTS
 from miles_launch.recorder import DriverHooks
 from miles_launch.roles import Learning
 from miles_rollout.rewards.group import check_isolation
-from miles_rollout.rewards.load import full_name
 from miles_rollout.sglang.arguments import check_arguments
 from miles_train.megatron.layout import Layout, check_layout
 from miles_train.megatron.settings import check_settings
@@ -86,9 +86,7 @@ def _check_actor_hooks(recipe: Recipe) -> None:
     hooks = recipe.hooks
     if hooks.group_reward is not None:
         check_isolation(recipe.reward.isolate)
-    if hooks.reward is not None:
-        POINTS["reward"].load(full_name(hooks.reward))
-    for kind in ("group_reward", *WORKER_HOOKS, *TRAINER_HOOKS):
+    for kind in ("reward", "group_reward", *WORKER_HOOKS, *TRAINER_HOOKS):
         optional_hook(hooks, kind)
 
 

@@ -256,9 +256,10 @@ def _advantages_by_token(
             "Change the advantage function.",
         )
     values = np.asarray(advantages, np.float32)
-    by_token = np.where(loss_mask, values if given == loss_mask.shape else np.repeat(values, lengths), np.float32(0))
-    is_finite: NDArray[np.bool_] = np.isfinite(by_token)
-    wrong = np.flatnonzero(~is_finite)
+    if given == lengths.shape:
+        values = np.repeat(values, lengths)
+    by_token: Floats = np.where(loss_mask, values, np.float32(0))
+    wrong = np.flatnonzero(~np.isfinite(by_token))
     if len(wrong):
         sample = int(np.searchsorted(np.cumsum(lengths), wrong[0], side="right"))
         group = groups[int(_group_index(groups)[sample])]

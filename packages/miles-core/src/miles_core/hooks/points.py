@@ -1,9 +1,7 @@
 """Every place where user code attaches: where a recipe names it, what it must look like, what comes with Miles."""
 
-import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from importlib.resources import files
 from typing import Any
 
 from miles_core.config import HookSpec
@@ -39,13 +37,6 @@ class Point:
         """The protocol, imported; that of a loss takes torch."""
         return load_object(self.protocol_name, self.kind)
 
-    @property
-    def signature(self) -> str:
-        """How it is called, with types."""
-        call = self.protocol.__call__
-        prefix = "async " if inspect.iscoroutinefunction(call) else ""
-        return f"{prefix}{self.protocol.__name__}{without_self(inspect.signature(call))}"
-
     def load(self, spec: HookSpec, setting: str = "") -> Callable[..., Any]:
         """Load what a recipe names here, checked.
 
@@ -57,15 +48,6 @@ class Point:
             InputError: it cannot be imported, or cannot be called as it will be.
         """
         return load_hook(spec, setting or self.setting, self.protocol, self.built_in)
-
-    def template(self) -> str:
-        """The text of a module that attaches here and works as it is."""
-        return (files("miles_core.hooks.templates") / f"{self.kind}.py").read_text(encoding="utf-8")
-
-
-def without_self(signature: inspect.Signature) -> inspect.Signature:
-    """The signature as a caller sees it."""
-    return signature.replace(parameters=[value for name, value in signature.parameters.items() if name != "self"])
 
 
 def _in(module: str, **names: str) -> Mapping[str, str]:
@@ -115,8 +97,8 @@ _FILTERS = _in("miles_core.filters", zero_variance="zero_variance")
 _SOURCES = _in("miles_core.tasks", copy_digits="copy_digits", largest_number="largest_number")
 
 _ALL = (
-    *_called_in("worker", "rollout", "generate"),
-    *_called_in("reward process", "reward", "group_reward"),
+    *_called_in("worker", "rollout", "generate", "group_reward"),
+    *_called_in("reward process", "reward"),
     Point("filter_before_reward", "hooks.filter_before_reward", f"{_PROTOCOLS}:SampleFilter", "worker"),
     Point("sample_filter", "hooks.sample_filter", f"{_PROTOCOLS}:SampleFilter", "worker", _FILTERS),
     Point("advantage", "algorithm.advantage", f"{_ADVANTAGES}:Advantage", "driver", _ESTIMATORS),
