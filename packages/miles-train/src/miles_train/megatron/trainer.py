@@ -304,11 +304,17 @@ def _whole_step(minibatches: Sequence[Batch]) -> Batch:
     """The rank's shard of the step, as hooks see it."""
     if len(minibatches) == 1:
         return minibatches[0]
-    columns: dict[str, Any] = {}
+    whole: dict[str, Any] = {}
     for field in dataclasses.fields(Batch):
         parts = [getattr(batch, field.name) for batch in minibatches]
-        columns[field.name] = sum(parts) if isinstance(parts[0], int) else np.concatenate(parts)
-    return Batch(**columns)
+        match parts[0]:
+            case int():
+                whole[field.name] = sum(parts)
+            case Mapping() as columns:
+                whole[field.name] = {name: np.concatenate([part[name] for part in parts]) for name in columns}
+            case _:
+                whole[field.name] = np.concatenate(parts)
+    return Batch(**whole)
 
 
 def _with_gradient_buffers(core: Any, args: argparse.Namespace, table: WeightTable) -> DistributedDataParallel:
