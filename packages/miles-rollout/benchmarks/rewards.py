@@ -38,6 +38,7 @@ class Nothing:
 
 
 def sample(text: str, tokens: int) -> Sample:
+    """A response of so many tokens."""
     ids = np.arange(tokens, dtype=np.int32)
     return Sample(ids, ids > 0, ids.astype(np.float32), (), "stop", text)
 
@@ -63,11 +64,14 @@ async def rate(judge: Judge, text: str, num_samples: int, tokens: int = 1024) ->
 
 
 def judge(name: str, *, isolate: bool = True, processes: int = 1, **params: Any) -> Judge:
+    """As a recipe would make it."""
     section = RewardSection(isolate=isolate, processes=processes, timeout_s=60.0)  # pyright: ignore[reportCallIssue]
     return make_judge(HookSpec(name=name, params=params), section)
 
 
 async def serve() -> tuple[web.AppRunner, str]:
+    """A reward server in this process, and its URL."""
+
     async def score(request: web.Request) -> web.Response:
         body = await request.json()
         return web.json_response({"rewards": [1.0] * len(body["responses"])})
@@ -81,11 +85,12 @@ async def serve() -> tuple[web.AppRunner, str]:
 
 
 async def main() -> None:
+    """Run and print."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--samples", type=int, default=4096)
     number = parser.parse_args().samples
     cores = len(os.sched_getaffinity(0))
-    few = max(GROUP, number // 64)
+    few = GROUP * cores
     report: dict[str, float] = {
         "nothing": await rate(Nothing(), "46", number),
         "exact_match, in process": await rate(judge("exact_match", isolate=False), "46", number),

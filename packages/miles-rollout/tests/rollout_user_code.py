@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from miles_core.types import Prompt, Sample
@@ -43,6 +44,15 @@ def _check_key(*, key: str = "") -> None:
 
 
 needs_a_key.prepare = _check_key  # type: ignore[attr-defined]
+
+
+async def ranks(prompt: Prompt, samples: Sequence[Sample], *, how: str = "") -> Any:
+    """Place of each sample by the length of its text."""
+    if any(sample.text == "BAD" for sample in samples):
+        globals()[how]()
+    order = sorted(len(sample.text) for sample in samples)
+    places = [float(order.index(len(sample.text))) for sample in samples]
+    return places[:-1] if samples[0].text == "few" else places
 
 
 def misbehave(prompt: Prompt, sample: Sample, *, how: str) -> Any:

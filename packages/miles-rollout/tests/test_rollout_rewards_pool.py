@@ -4,7 +4,7 @@ import asyncio
 import os
 import subprocess
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from miles_core.config import HookSpec, RewardSection
 from miles_core.errors import InputError
 from miles_core.types import Prompt, Sample, VersionSpan
 from miles_rollout._processes import descendants
-from miles_rollout.rewards import PoolSettings, RewardPool, Verdict, make_judge
+from miles_rollout.rewards import PoolSettings, RewardPool, Verdict, make_group_judge, make_judge
 
 LIMITS = PoolSettings(timeout_s=60.0, memory_bytes=1 << 28)
 IMPATIENT = replace(LIMITS, timeout_s=2.0)
@@ -125,6 +125,37 @@ def test_a_group_is_given_up_after_its_third_kill() -> None:
     verdicts = judged("misbehave", *["BAD"] * 5, how="exit_process")
     assert [verdict.failure for verdict in verdicts] == ["reward process died"] * 5
     assert ["not judged" in verdict.detail for verdict in verdicts] == [False, False, False, True, True]
+
+
+@pytest.mark.parametrize("isolate", [True, False])
+def test_a_group_reward_judges_all_samples_together(isolate: bool) -> None:
+    async def run() -> list[Sequence[Verdict]]:
+        spec = HookSpec(name="rollout_user_code:ranks", params={"how": "raise_error"})
+        judge = make_group_judge(spec, RewardSection(isolate=isolate))  # pyright: ignore[reportCallIssue]
+        groups = [["ccc", "a", "bb"], ["few", "a"], ["BAD", "a"]]
+        try:
+            await judge.start()
+            return [await judge.judge(PROMPT, [sample(text) for text in texts]) for texts in groups]
+        finally:
+            await judge.close()
+
+    good, few, bad = asyncio.run(run())
+    assert good == [Verdict(2.0), Verdict(0.0), Verdict(1.0)]
+    assert {verdict.failure for verdict in few} == {"reward malformed"} and len(few) == 2
+    assert {verdict.failure for verdict in bad} == {"reward raised"} and "KeyError" in bad[0].detail
+
+
+def test_a_group_reward_that_must_be_killed_loses_its_group_alone() -> None:
+    async def run() -> list[Sequence[Verdict]]:
+        pool = RewardPool("rollout_user_code:ranks", {"how": "hang"}, IMPATIENT, group=True)
+        try:
+            return [await pool.judge(PROMPT, [sample(text) for text in texts]) for texts in (["BAD", "a"], ["bb", "a"])]
+        finally:
+            await pool.close()
+
+    bad, good = asyncio.run(run())
+    assert [verdict.failure for verdict in bad] == ["reward timeout"] * 2
+    assert good == [Verdict(1.0), Verdict(0.0)]
 
 
 def test_processes_that_a_quick_call_leaves_are_counted() -> None:

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 
 from miles_core import Batch, Prompt, Recipe
 from miles_core.cluster.actors import Member
-from miles_launch.hooks import POINTS
 from miles_launch.loading import decode_fp8, loading_bar
 from miles_launch.prepare import TRAINER_HOOKS, WORKER_HOOKS, optional_hook
 
@@ -135,14 +134,12 @@ class WorkerActor:
 
 
 def _judge(recipe: Recipe) -> "Judge":
-    from miles_rollout.rewards import make_judge  # noqa: PLC0415 (the worker's process alone)
-    from miles_rollout.rewards.group import GroupJudge  # noqa: PLC0415
+    from miles_rollout.rewards import make_group_judge, make_judge  # noqa: PLC0415 (the worker's process alone)
 
     if recipe.hooks.reward is not None:
         return make_judge(recipe.hooks.reward, recipe.reward)
     assert recipe.hooks.group_reward is not None  # one of the two, by the recipe's own rule
-    code = POINTS["group_reward"].load(recipe.hooks.group_reward)
-    return GroupJudge(code, recipe.hooks.group_reward.name, recipe.reward.timeout_s)
+    return make_group_judge(recipe.hooks.group_reward, recipe.reward)
 
 
 class TrainerActor:

@@ -15,7 +15,6 @@ from miles_core.hooks import DataSource, bind
 from miles_launch.hooks import POINTS
 from miles_launch.recorder import DriverHooks
 from miles_launch.roles import Learning
-from miles_rollout.rewards.group import check_isolation
 from miles_rollout.sglang.arguments import check_arguments
 from miles_train.megatron.layout import Layout, check_layout
 from miles_train.megatron.settings import check_settings
@@ -84,8 +83,6 @@ def optional_hook(hooks: HooksSection, kind: str) -> Callable[..., Any] | None:
 def _check_actor_hooks(recipe: Recipe) -> None:
     """Code that actors will load is loaded here once, so that a mistake is found before they start."""
     hooks = recipe.hooks
-    if hooks.group_reward is not None:
-        check_isolation(recipe.reward.isolate)
     for kind in ("reward", "group_reward", *WORKER_HOOKS, *TRAINER_HOOKS):
         optional_hook(hooks, kind)
 

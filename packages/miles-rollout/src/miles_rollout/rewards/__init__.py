@@ -2,7 +2,7 @@
 
 from miles_rollout.rewards.builtin import exact_match, last_integer, position_match, regex_match
 from miles_rollout.rewards.judge import InProcessJudge, Judge, Verdict
-from miles_rollout.rewards.load import make_judge
+from miles_rollout.rewards.load import make_group_judge, make_judge
 from miles_rollout.rewards.pool import PoolSettings, RewardPool
 
 __all__ = [  # noqa: RUF022 (grouped by subject)
@@ -13,6 +13,7 @@ __all__ = [  # noqa: RUF022 (grouped by subject)
     "RewardPool",
     "PoolSettings",
     "make_judge",
+    "make_group_judge",
     # built-in rewards
     "exact_match",
     "last_integer",

@@ -13,9 +13,9 @@ from typing import Any
 import msgspec
 
 from miles_core.config import HookSpec
-from miles_core.hooks import Reward, load_hook
+from miles_core.hooks import GroupReward, Reward, load_hook
 from miles_rollout.rewards import _wire
-from miles_rollout.rewards.judge import Verdict, prepare, verdict_of
+from miles_rollout.rewards.judge import Verdict, prepare, verdict_of, verdicts_of
 
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 
@@ -31,7 +31,8 @@ def main() -> None:
     runner = asyncio.Runner()  # one loop for all calls, so that a reward may keep connections
     try:
         _limit_memory(setup.memory_bytes)
-        reward = load_hook(HookSpec(name=setup.reward, params=setup.params), "hooks.reward", Reward)
+        kind, setting = (GroupReward, "hooks.group_reward") if setup.group else (Reward, "hooks.reward")
+        reward = load_hook(HookSpec(name=setup.reward, params=setup.params), setting, kind)
         runner.run(prepare(reward, setup.reward))
     except BaseException as error:  # noqa: BLE001  importing user code may do anything
         channel.sendall(_wire.pack(_wire.Ready(error=f"{type(error).__name__}: {error}"[:2000])))
@@ -39,8 +40,12 @@ def main() -> None:
     channel.sendall(_wire.pack(_wire.Ready()))
     while (call := _receive(channel, _wire.Call)) is not None:
         prompt = _wire.prompt_of(call)
-        for wire in call.samples:
-            verdict = _judge(runner, reward, prompt, _wire.sample_of(wire), setup.reward)
+        samples = [_wire.sample_of(wire) for wire in call.samples]
+        if setup.group:
+            verdicts = iter(_judge_group(runner, reward, prompt, samples, setup.reward))
+        else:
+            verdicts = (_judge(runner, reward, prompt, sample, setup.reward) for sample in samples)
+        for verdict in verdicts:
             channel.sendall(_wire.pack(_reply(verdict)))
 
 
@@ -67,11 +72,20 @@ def _limit_memory(memory_bytes: int) -> None:
 
 
 def _judge(runner: asyncio.Runner, reward: Any, prompt: Any, sample: Any, name: str) -> Verdict:
+    value = _call(runner, reward, prompt, sample, name)
+    return value if isinstance(value, Verdict) else verdict_of(value, name)
+
+
+def _judge_group(runner: asyncio.Runner, reward: Any, prompt: Any, samples: list[Any], name: str) -> list[Verdict]:
+    values = _call(runner, reward, prompt, samples, name)
+    return [values] * len(samples) if isinstance(values, Verdict) else verdicts_of(values, len(samples), name)
+
+
+def _call(runner: asyncio.Runner, reward: Any, prompt: Any, judged: Any, name: str) -> Any:
+    """What the function returns, or a Verdict of why it did not."""
     try:
-        value = reward(prompt, sample)
-        if inspect.isawaitable(value):
-            value = runner.run(_wait(value))
-        return verdict_of(value, name)
+        value = reward(prompt, judged)
+        return runner.run(_wait(value)) if inspect.isawaitable(value) else value
     except MemoryError:
         return Verdict(failure="reward out of memory", detail=f"{name}: reward.memory_bytes is too little for it")
     except (Exception, SystemExit) as error:  # noqa: BLE001  whatever user code raises is data here

@@ -27,6 +27,7 @@ class Setup(msgspec.Struct):
     """What the process is to be."""
 
     reward: str
+    group: bool
     params: dict[str, Any]
     sys_path: list[str]
     memory_bytes: int

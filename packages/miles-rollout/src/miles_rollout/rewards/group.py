@@ -5,10 +5,9 @@ import inspect
 from collections.abc import Sequence
 from typing import Any
 
-from miles_core.errors import InputError
 from miles_core.hooks import GroupReward
 from miles_core.types import Prompt, Sample
-from miles_rollout.rewards.judge import Verdict, verdict_of
+from miles_rollout.rewards.judge import Verdict, prepare, verdicts_of
 
 
 class GroupJudge:
@@ -38,13 +37,11 @@ class GroupJudge:
         except Exception as error:  # noqa: BLE001  whatever user code raises is data here
             failed = Verdict(failure="reward raised", detail=f"{self._name}: {type(error).__name__}: {error}")
             return [failed] * len(samples)
-        if not isinstance(values, Sequence) or len(values) != len(samples):
-            detail = f"{self._name} returned {values!r}: give one judgement for each of {len(samples)} samples"
-            return [Verdict(failure="reward malformed", detail=detail[:500])] * len(samples)
-        return [verdict_of(value, self._name) for value in values]
+        return verdicts_of(values, len(samples), self._name)
 
     async def start(self) -> None:
-        """Nothing to start."""
+        """See Judge.start."""
+        await prepare(self._reward, self._name)
 
     async def close(self) -> None:
         """Nothing runs."""
@@ -54,14 +51,3 @@ class GroupJudge:
             return await self._reward(prompt, samples)
         value = await asyncio.to_thread(self._reward, prompt, samples)
         return await value if inspect.isawaitable(value) else value
-
-
-def check_isolation(isolate: bool) -> None:
-    """Refuse to promise what a group reward does not have.
-
-    Raises:
-        InputError: `reward.isolate` is true.
-    """
-    if isolate:
-        rule = "a group reward runs in the worker's process, without limits of memory"
-        raise InputError("reward.isolate", isolate, rule, "Set reward.isolate = false if you trust hooks.group_reward.")

@@ -4,7 +4,7 @@ import asyncio
 import functools
 import inspect
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -86,7 +86,7 @@ class InProcessJudge:
             return Verdict(failure="reward raised", detail=f"{self._name}: {type(error).__name__}: {error}")
 
 
-async def prepare(reward: Reward, name: str) -> None:
+async def prepare(reward: Callable[..., Any], name: str) -> None:
     """Call what a reward function wants called before its first sample, if it has such a thing.
 
     That is its attribute `prepare`: it takes the recipe's parameters, may be async, and raises what makes judging
@@ -112,6 +112,20 @@ async def prepare(reward: Reward, name: str) -> None:
             raise InputError(
                 "hooks.reward", name, f"cannot be prepared ({type(error).__name__}: {error})", "Mend it."
             ) from error
+
+
+def verdicts_of(values: Any, count: int, name: str) -> list[Verdict]:
+    """Read what a group reward returned: a judgement per sample, in their order.
+
+    Args:
+        values: what it returned.
+        count: of the samples.
+        name: of the function, for the failure's detail.
+    """
+    if not isinstance(values, Sequence) or isinstance(values, str) or len(values) != count:
+        detail = f"{name} returned {values!r}: give one judgement for each of {count} samples"
+        return [Verdict(failure="reward malformed", detail=detail[:500])] * count
+    return [verdict_of(value, name) for value in values]
 
 
 def verdict_of(value: Any, name: str) -> Verdict:

@@ -4,7 +4,8 @@ from typing import cast
 
 from miles_core import hooks
 from miles_core.config import HookSpec, RewardSection
-from miles_core.hooks import Reward, load_hook
+from miles_core.hooks import GroupReward, Reward, load_hook
+from miles_rollout.rewards.group import GroupJudge
 from miles_rollout.rewards.judge import InProcessJudge, Judge
 from miles_rollout.rewards.pool import PoolSettings, RewardPool
 
@@ -53,5 +54,25 @@ def make_judge(spec: HookSpec, section: RewardSection, setting: str = "hooks.rew
         return cast("Judge", load_hook(full, setting, Reward))  # which these classes are besides
     if not section.isolate:
         return InProcessJudge(load_hook(full, setting, Reward), spec.name)
-    limits = PoolSettings(section.processes, section.timeout_s, section.memory_bytes)
-    return RewardPool(full.name, full.params, limits)
+    return RewardPool(full.name, full.params, _limits(section))
+
+
+def make_group_judge(spec: HookSpec, section: RewardSection, setting: str = "hooks.group_reward") -> Judge:
+    """The judge that `[hooks] group_reward` and `[reward]` ask for; `timeout_s` is that of a group.
+
+    Args:
+        spec: "package.module:name" or an entry point; with parameters.
+        section: whether the reward runs isolated, and its limits.
+        setting: the recipe key, for errors.
+
+    Raises:
+        InputError: without isolation, a reward that cannot be loaded. Isolated ones say so at RewardPool.start.
+    """
+    full = HookSpec(name=hooks.full_name(spec.name, setting, {}), params=spec.params)
+    if not section.isolate:
+        return GroupJudge(load_hook(full, setting, GroupReward), spec.name, section.timeout_s)
+    return RewardPool(full.name, full.params, _limits(section), group=True)
+
+
+def _limits(section: RewardSection) -> PoolSettings:
+    return PoolSettings(section.processes, section.timeout_s, section.memory_bytes)

@@ -60,14 +60,23 @@ class PoolSettings:
 class RewardPool:
     """A Judge whose reward runs in killable processes. Belongs to one event loop."""
 
-    def __init__(self, reward: str, params: Mapping[str, Any] | None = None, settings: PoolSettings | None = None):
+    def __init__(
+        self,
+        reward: str,
+        params: Mapping[str, Any] | None = None,
+        settings: PoolSettings | None = None,
+        *,
+        group: bool = False,
+    ):
         """Nothing is started yet.
 
         Args:
             reward: "package.module:name".
             params: keyword arguments for every call; JSON-able.
             settings: limits.
+            group: it is a GroupReward; a group then counts as one sample where limits and kills are concerned.
         """
+        self._group = group
         self._reward = reward
         self._params = dict(params or {})
         self._settings = settings or PoolSettings()
@@ -100,7 +109,10 @@ class RewardPool:
         kills = 0
         while len(verdicts) < len(samples) and kills < _MOST_KILLS:
             verdicts += await self._judge_until_killed(prompt, samples[len(verdicts) :])
-            kills += verdicts[-1].failure in _FATAL
+            killed = verdicts[-1].failure in _FATAL
+            if killed and self._group:
+                return [verdicts[-1]] * len(samples)
+            kills += killed
         if len(verdicts) < len(samples):
             missing = Verdict(failure=verdicts[-1].failure, detail=f"not judged: {kills} of its group were killed")
             verdicts += [missing] * (len(samples) - len(verdicts))
@@ -125,7 +137,7 @@ class RewardPool:
             self._end(process)
 
     async def _new(self) -> "_Process":
-        process = _Process(self._reward, self._params, self._settings)
+        process = _Process(self._reward, self._group, self._params, self._settings)
         self._all.add(process)
         try:
             await process.start()
@@ -150,6 +162,7 @@ _FATAL = frozenset({
 @dataclass(eq=False)
 class _Process:
     reward: str
+    group: bool
     params: dict[str, Any]
     settings: PoolSettings
     _process: subprocess.Popen[bytes] | None = None
@@ -184,7 +197,9 @@ class _Process:
         asyncio.get_running_loop().add_reader(self._output_fd(), self._count_output)
         paths = [os.path.abspath(path) for path in sys.path]
         self._writer.write(
-            _wire.pack(_wire.Setup(self.reward, self.params, paths, self.settings.memory_bytes, os.getpid()))
+            _wire.pack(
+                _wire.Setup(self.reward, self.group, self.params, paths, self.settings.memory_bytes, os.getpid())
+            )
         )
         try:
             ready = await asyncio.wait_for(self._receive(_wire.Ready), self.settings.start_timeout_s)
@@ -194,7 +209,8 @@ class _Process:
         except (OSError, asyncio.IncompleteReadError):
             error = f"its process ended while importing it: {self._last_words()}"
         if error:
-            raise InputError("hooks.reward", self.reward, f"cannot be loaded ({error})", "Mend or rename it.")
+            setting = "hooks.group_reward" if self.group else "hooks.reward"
+            raise InputError(setting, self.reward, f"cannot be loaded ({error})", "Mend or rename it.")
         self._own_bytes = memory_of([self.pid])
 
     async def judge(self, prompt: Prompt, samples: Sequence[Sample]) -> list[Verdict]:
