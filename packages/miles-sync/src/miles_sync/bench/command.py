@@ -69,8 +69,8 @@ def bench(args: argparse.Namespace) -> int:
         except SyncError as error:
             failed, result = True, {"error": f"{type(error).__name__}: {error}"}
         found["cases"][case.name] = result
-        if not args.json:
-            sys.stderr.write(f"{case.name}: done\n")
+        said = result.get("error") or f"{result['steady_s']:.4f} s, {result['share_of_link']:.0%} of the link"
+        sys.stderr.write(f"{case.name}: {said}\n")
     _say(json.dumps(found, indent=1) if args.json else _table(found))
     return int(failed)
 
