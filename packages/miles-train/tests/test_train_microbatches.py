@@ -1,11 +1,16 @@
 """Micro-batches hold every token once, within the budget, and point back at the right columns."""
 
+import dataclasses
+
 import numpy as np
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import miles_train.conformance as conformance
 from miles_train.microbatches import cut, cut_packed
+
+settings.register_profile("train", deadline=None)  # how long an example takes says nothing on a busy machine
+settings.load_profile("train")
 
 
 def batch_of(seed, num_samples):
@@ -32,6 +37,19 @@ def test_every_token_is_there_once(seed, num_samples, max_tokens, all_tokens):
             tokens = batch.tokens[batch.offsets[sample] : batch.offsets[sample + 1]]
             np.testing.assert_array_equal(micro.tokens[row, : len(tokens)], tokens)
             assert (micro.tokens[row, len(tokens) :] == 0).all()
+
+
+@given(st.integers(0, 1000), st.integers(1, 20), st.integers(1, 60), st.booleans())
+def test_whole_groups_stay_together_and_no_token_is_lost(seed, num_samples, max_tokens, packed):
+    batch = batch_of(seed, num_samples)
+    batch = dataclasses.replace(batch, group_index=np.random.default_rng(seed).integers(0, 5, num_samples))
+    micros = list((cut_packed if packed else cut)(batch, max_tokens, whole_groups=True))
+    columns = np.concatenate([micro.columns for micro in micros])
+    np.testing.assert_array_equal(np.sort(columns), np.arange(len(batch.tokens)))
+    groups = [set(batch.group_index[micro.samples].tolist()) for micro in micros]
+    assert sum(map(len, groups)) == len(set.union(*groups))
+    for micro, inside in zip(micros, groups, strict=True):
+        assert micro.tokens.size <= max_tokens or len(inside) == 1
 
 
 def test_the_example_of_the_docstring_holds():

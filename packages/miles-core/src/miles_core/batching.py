@@ -258,7 +258,7 @@ def _advantages_by_token(
     values = np.asarray(advantages, np.float32)
     if given == lengths.shape:
         values = np.repeat(values, lengths)
-    by_token: Floats = np.where(loss_mask, values, np.float32(0))
+    by_token = np.where(loss_mask, values, 0).astype(np.float32)
     wrong = np.flatnonzero(~np.isfinite(by_token))
     if len(wrong):
         sample = int(np.searchsorted(np.cumsum(lengths), wrong[0], side="right"))
