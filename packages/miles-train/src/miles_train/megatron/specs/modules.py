@@ -81,7 +81,7 @@ class CausalAttention(MegatronModule):
             [S, B, heads * head_dim]; packed, [T, heads * head_dim].
         """
         assert attention_mask is None and attention_bias is None
-        group = parallel_state.get_context_parallel_group()
+        group: Any = parallel_state.get_context_parallel_group()  # annotated as an int as well
         if packed_seq_params is None and group.size() > 1:
             return attend_over_ranks(query, key, value, group, self.softmax_scale).flatten(2)
         if packed_seq_params is None:
