@@ -258,11 +258,10 @@ def _advantages_by_token(
     values = np.asarray(advantages, np.float32)
     if given == lengths.shape:
         values = np.repeat(values, lengths)
-    by_token: Floats = np.where(loss_mask, values, 0).astype(np.float32)
-    wrong: NDArray[np.int64] = np.flatnonzero(~np.isfinite(by_token))
+    by_token = np.where(loss_mask, values, 0).astype(np.float32)
+    wrong = np.flatnonzero(~np.isfinite(by_token))
     if len(wrong):
-        ends: NDArray[np.int64] = np.cumsum(lengths, dtype=np.int64)
-        sample = int(np.searchsorted(ends, wrong[0], side="right"))
+        sample = np.repeat(np.arange(len(lengths)), lengths)[wrong[0]]
         group = groups[int(_group_index(groups)[sample])]
         raise InputError(
             "algorithm.advantage",
