@@ -2,6 +2,7 @@
 
 import pytest
 from family_checks import differences
+from layout_checks import assert_layouts_agree
 
 from miles_core.errors import InputError
 from miles_train.megatron.weights import deepseek_v4
@@ -68,6 +69,20 @@ def test_agrees_with_transformers(ranks, tmp_path, case):
     ranks.run_one("in_rank_deepseek_v4.make_model", tmp_path / "model", {**BASE, **(CASES | LONG)[case]})
     result = ranks.run_one("in_rank_reference.compare_with_transformers", tmp_path / "model")
     assert differences(result) == []
+
+
+@pytest.mark.xdist_group("train-megatron")
+def test_two_ranks_agree_with_one(ranks, tmp_path):
+    ranks.run_one("in_rank_deepseek_v4.make_model", tmp_path / "model", BASE)
+    assert_layouts_agree(ranks, tmp_path / "model", "tp2", "pp2")
+
+
+@pytest.mark.long
+@pytest.mark.xdist_group("train-megatron")
+@pytest.mark.parametrize("layout", ["dp2", "ep2", "tp2-ep2-etp1", "tp2-pp2", "tp2-ep2", "pp2-ep2", "pp2-uneven"])
+def test_layouts_agree_with_one_rank(ranks, tmp_path, layout):
+    ranks.run_one("in_rank_deepseek_v4.make_model", tmp_path / "model", BASE)
+    assert_layouts_agree(ranks, tmp_path / "model", layout)
 
 
 def test_the_published_spelling_is_read_and_written(ranks, tmp_path):

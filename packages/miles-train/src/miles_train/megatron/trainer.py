@@ -295,7 +295,11 @@ class MegatronTrainer:
         finally:
             runtime.stop()
             # The model, its optimizer and the groups refer to each other: left to chance, threads of closed groups and
-            # the GPU's memory would stay taken in a process that goes on to build another trainer.
+            # the GPU's memory would stay taken in a process that goes on to build another trainer. One circle no
+            # collector sees, for it goes through autograd's graph: the buffers' hooks on it, their model, and what
+            # experts' dispatchers keep of the last forward pass. It is cut at the buffers.
+            for chunk in self._learner.chunks:
+                vars(chunk).clear()
             vars(self).clear()
             gc.collect()
 
