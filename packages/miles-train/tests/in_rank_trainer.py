@@ -163,8 +163,6 @@ def import_and_export(address, path, settings, folder):
 class InfiniteGradient:
     """A loss of 0 whose gradient is infinite."""
 
-    needs_entropy = False
-
     def __call__(self, inputs):
         return (inputs.logprobs - inputs.logprobs.detach()).sqrt(), {}
 

@@ -46,7 +46,7 @@ class Reward(Protocol):
     """Judge one sample. May be `async def`. Returns a number, or named parts with the total under "reward"."""
 
     def __call__(self, prompt: Prompt, sample: Sample) -> Judgement | Awaitable[Judgement]:
-        """Return the reward of `sample`; a raise or a non-finite number drops the group with that reason."""
+        """Return the reward of `sample`; a raise or a non-finite number loses the sample for it."""
         ...
 
 

@@ -6,8 +6,9 @@ only ones on the hub, hold a vision tower besides, and their text part under "mo
 Layouts that are read, and written back as they were:
 
 - as transformers 5.12 saves it: each expert's tensors apart, "model." or "model.language_model.";
-- as on the hub (Qwen3.5-35B-A3B, Qwen3.5-397B-A17B, Qwen3.6-35B-A3B): `experts.gate_up_proj` [experts, 2 * size,
-  hidden] and `experts.down_proj` [experts, hidden, size] for all experts of a layer.
+- as public code quotes the published directories (Qwen3.5-35B-A3B, Qwen3.5-397B-A17B, Qwen3.6-35B-A3B):
+  `experts.gate_up_proj` [experts, 2 * size, hidden] and `experts.down_proj` [experts, hidden, size], one of each a
+  layer.
 
 `model.visual.*`, and `mtp.*` (a layer of multi-token prediction, which transformers drops), are not trained and pass
 through export unchanged. The rotary embedding has sections for time, height and width (`mrope_section`): text has the

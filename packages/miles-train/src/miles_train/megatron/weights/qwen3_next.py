@@ -1,7 +1,7 @@
 """Weights of Qwen3NextForCausalLM.
 
-Seen on the hub (Qwen3-Next-80B-A3B) and as transformers 5.12 saves it: the same names, each expert's tensors apart. The
-hub's directories also hold `mtp.*`, one layer of multi-token prediction, which transformers drops; here it is not
+As transformers 5.12 saves it and, as far as is known, as Qwen3-Next-80B-A3B is published: each expert's tensors apart.
+Published directories also hold `mtp.*`, one layer of multi-token prediction, which transformers drops; here it is not
 trained, and passes through export unchanged.
 """
 
