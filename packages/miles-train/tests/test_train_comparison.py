@@ -3,12 +3,15 @@
 import json
 
 import numpy as np
+import pytest
 import torch
 from safetensors.torch import save_file
 
 from miles_train.comparison import export_changes, gradient_gap, logit_gaps, probe_batch
 from miles_train.megatron.layout import fewest_ranks
 from miles_train.model_dir import open_model_directory
+
+pytestmark = pytest.mark.xdist_group("train-megatron")  # one pool of ranks a run
 
 
 def make(path, tensors, **config):

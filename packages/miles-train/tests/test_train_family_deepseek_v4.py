@@ -7,6 +7,8 @@ from layout_checks import assert_layouts_agree
 from miles_core.errors import InputError
 from miles_train.megatron.weights import deepseek_v4
 
+pytestmark = pytest.mark.xdist_group("train-megatron")  # one pool of ranks a run
+
 SLIDING, SPARSE, HEAVY = "sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention"
 BASE = {
     "vocab_size": 16,
@@ -71,14 +73,12 @@ def test_agrees_with_transformers(ranks, tmp_path, case):
     assert differences(result) == []
 
 
-@pytest.mark.xdist_group("train-megatron")
 def test_two_ranks_agree_with_one(ranks, tmp_path):
     ranks.run_one("in_rank_deepseek_v4.make_model", tmp_path / "model", BASE)
     assert_layouts_agree(ranks, tmp_path / "model", "tp2", "pp2")
 
 
 @pytest.mark.long
-@pytest.mark.xdist_group("train-megatron")
 @pytest.mark.parametrize("layout", ["dp2", "ep2", "tp2-ep2-etp1", "tp2-pp2", "tp2-ep2", "pp2-ep2", "pp2-uneven"])
 def test_layouts_agree_with_one_rank(ranks, tmp_path, layout):
     ranks.run_one("in_rank_deepseek_v4.make_model", tmp_path / "model", BASE)

@@ -18,6 +18,8 @@ from miles_core.errors import InputError
 from miles_train.checkpoint_header import read_header
 from miles_train.model_dir import open_model_directory
 
+pytestmark = pytest.mark.xdist_group("train-megatron")  # one pool of ranks a run
+
 HERE = Path(__file__).parent
 TENSOR = {"tensor_model_parallel_size": 2}
 PIPELINE = {"pipeline_model_parallel_size": 2}
