@@ -4,6 +4,7 @@ The engine that sampled and the trainer that learns compute the same policy with
 The ratio between the two is an importance weight; these are the ways to keep it bounded.
 """
 
+from miles_core.algorithms import _torch  # noqa: F401  # pyright: ignore[reportUnusedImport]  # first: names the extra
 from miles_core.algorithms.corrections.icepop import IcePop
 from miles_core.algorithms.corrections.mis import MIS
 from miles_core.algorithms.corrections.ratio import Level, rollout_ratio

@@ -6,6 +6,7 @@ into micro-batches, context and data parallelism. Each is one function, or one f
 one file.
 """
 
+from miles_core.algorithms import _torch  # noqa: F401  # pyright: ignore[reportUnusedImport]  # first: names the extra
 from miles_core.algorithms.losses.cispo import CISPO
 from miles_core.algorithms.losses.distillation import Distillation
 from miles_core.algorithms.losses.dpo import DPO

@@ -4,11 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
-try:
-    import torch
-    from torch import Tensor
-except ImportError as error:
-    raise ImportError('miles_core.algorithms.losses needs torch: pip install "miles-core[torch]"') from error
+import torch
+from torch import Tensor
 
 Scored = tuple[Tensor, Mapping[str, Tensor]]
 """A number per token [T] with gradient, and named metrics per token [T] without."""
