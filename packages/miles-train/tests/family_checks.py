@@ -1,8 +1,10 @@
 """What a family's tests check: one random model, made by transformers, in both."""
 
+import dataclasses
 import json
 
 import numpy as np
+from transformers import PreTrainedConfig
 
 LOGITS = 1e-4  # of the largest
 GRADIENTS = 1e-3  # of the norm
@@ -42,3 +44,9 @@ def differences(result):
         if not gap <= max(GRADIENTS * norm, noise):
             found.append(f"gradient of {name} differs by {gap:.1e}, its norm is {norm:.1e}")
     return found
+
+
+def fields_of(config_class):
+    """What a config class of transformers has of its own: what every class has says nothing of an architecture."""
+    shared = {field.name for field in dataclasses.fields(PreTrainedConfig)} - {"tie_word_embeddings"}
+    return {field.name for field in dataclasses.fields(config_class)} - shared

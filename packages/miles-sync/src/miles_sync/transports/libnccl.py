@@ -85,8 +85,6 @@ def _declare(library: ctypes.CDLL) -> None:
     library.ncclCommGetAsyncError.argtypes = [pointer, ctypes.POINTER(number)]
     library.ncclCommAbort.argtypes = [pointer]
     library.ncclBroadcast.argtypes = [pointer, pointer, size, number, number, pointer, pointer]
-    library.ncclSend.argtypes = [pointer, size, number, number, pointer, pointer]
-    library.ncclRecv.argtypes = [pointer, size, number, number, pointer, pointer]
 
 
 def version() -> int:
@@ -153,24 +151,6 @@ class Communicator:
                 address, address, data.numel(), _UINT8, root, self._handle, stream.cuda_stream
             ),
         )
-
-    def exchange(
-        self,
-        sends: list[tuple[torch.Tensor, int]],
-        receives: list[tuple[torch.Tensor, int]],
-        stream: torch.cuda.Stream,
-    ) -> None:
-        """Send and receive (data, peer rank) pairs, all at once."""
-
-        def act() -> int:
-            self._library.ncclGroupStart()
-            for data, peer in sends:
-                self._library.ncclSend(data.data_ptr(), data.numel(), _UINT8, peer, self._handle, stream.cuda_stream)
-            for data, peer in receives:
-                self._library.ncclRecv(data.data_ptr(), data.numel(), _UINT8, peer, self._handle, stream.cuda_stream)
-            return self._library.ncclGroupEnd()
-
-        self._do("ncclGroupEnd", act)
 
     def check(self) -> None:
         """Raise `PeerLostError` where the communicator has failed."""
